@@ -1,0 +1,40 @@
+# make demo     a gate with everything it needs on 127.0.0.1:2222 until Ctrl-C (PORT=, ONCE=1 ends after its proof)
+# make test     all tests with -race and what they need (PKG=./authz/... TESTFLAGS='-run Login -v')
+# make bench    the benchmarks beside sshd and the bare Docker API
+# make build    bin/sallyport, bin/sallyport-audit, bin/sallyport-agent
+# make lint     gofmt, go vet, staticcheck      make vuln   known vulnerabilities
+# make image    the server's image              make debug-image   the sandbox's
+.PHONY: build demo test bench lint vuln image debug-image clean
+.DEFAULT_GOAL := build
+
+# Recipes take these from the environment: a value never becomes part of a shell command.
+PORT ?= 2222
+PKG ?= ./...
+export PORT ONCE PKG TESTFLAGS BENCHFLAGS
+
+build:
+	@build/binaries
+
+demo:
+	@build/demo
+
+test:
+	@build/test
+
+bench:
+	@build/bench
+
+lint:
+	@build/lint
+
+vuln:
+	@build/vuln
+
+image:
+	@build/server-image
+
+debug-image:
+	@images/build debug
+
+clean:
+	rm -rf bin demo
