@@ -1,0 +1,162 @@
+// Package backends says what a sandbox is and what starts one. A backend starts a sandbox and gives the gate a way to
+// run processes in it; it knows nothing of SSH, of policy or of the log. The contract that every backend keeps is the
+// test suite in backends/backendtest.
+package backends
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"time"
+)
+
+// Backend starts sandboxes. It is safe for concurrent use.
+type Backend interface {
+	// Start creates and starts a sandbox and returns once its agent has been reached and the gate has proven itself to
+	// it, so that Exec works at once. When Start fails, or ctx ends first, nothing of the sandbox is left.
+	// An error that is a *RefusedError says that the operator's limits forbid the spec: nothing was created.
+	Start(ctx context.Context, spec Spec) (Sandbox, error)
+}
+
+// Sandbox is one running sandbox, made for one connection. It is safe for concurrent use.
+type Sandbox interface {
+	// ID names the sandbox for an operator: a container ID, or namespace/pod.
+	ID() string
+	// Info says what was started, for the log.
+	Info() Info
+	// Exec runs one process to its end, and returns when it has ended and all its output has been written to p.Stdout
+	// and p.Stderr. When ctx ends, the process and its children get SIGHUP, then SIGKILL.
+	Exec(ctx context.Context, p Process) (ExitStatus, error)
+	// Done is closed when the sandbox has ended, whether by Close or by itself; Err then says why.
+	Done() <-chan struct{}
+	// Err is nil before Done is closed and after Close; otherwise why the sandbox ended by itself.
+	Err() error
+	// Close ends the sandbox and removes all that belongs to it. It may be called any number of times.
+	Close(ctx context.Context) error
+}
+
+// Dialer is implemented by a Sandbox that can open connections from inside its own network.
+// Networks are "tcp" and "unix".
+type Dialer interface {
+	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// ErrGone is returned (wrapped) by Exec when the sandbox ended under the process.
+var ErrGone = errors.New("the sandbox has ended")
+
+// ErrNoShell is returned (wrapped) by Exec for a KindShell process in an image that has no shell.
+var ErrNoShell = errors.New("the image has no shell")
+
+// RefusedError says that the operator's own limits forbid a spec that policy asked for. Reason may be shown to the
+// operator and in the log, not to the client.
+type RefusedError struct{ Reason string }
+
+func (e *RefusedError) Error() string { return "sandbox refused: " + e.Reason }
+
+// Spec is a sandbox to be started. Template is what the sandbox is, equal for all logins of a profile; Owner is whose
+// it is.
+type Spec struct {
+	Template Template `json:"template"`
+	Owner    Owner    `json:"owner"`
+}
+
+// Template says what a sandbox is. The zero value of each field is the narrow choice.
+type Template struct {
+	Image      string   `json:"image"`                 // OCI reference, with tag or digest
+	PullPolicy string   `json:"pull_policy"`           // "missing" (default), "always" or "never"
+	UID        uint32   `json:"uid"`                   // user of all processes
+	GID        uint32   `json:"gid"`                   // its group
+	Groups     []uint32 `json:"groups,omitempty"`      // supplementary groups
+	Hostname   string   `json:"hostname,omitempty"`    // host name inside; empty: the backend's choice
+	Home       string   `json:"home,omitempty"`        // home directory, a tmpfs or Scratch; empty: /home/sandbox
+	Env        []string `json:"env,omitempty"`         // NAME=value added to the image's environment
+	Mounts     []Mount  `json:"mounts,omitempty"`      // production data
+	Network    string   `json:"network,omitempty"`     // empty: none
+	Memory     int64    `json:"memory"`                // bytes; 0: the backend's default
+	CPUs       float64  `json:"cpus"`                  // processors; 0: the backend's default
+	PIDs       int64    `json:"pids"`                  // processes; 0: the backend's default
+	TmpSize    int64    `json:"tmp_size"`              // bytes of /tmp; 0: a quarter of Memory
+	HomeSize   int64    `json:"home_size"`             // bytes of the home directory; 0: a quarter of Memory
+	Scratch    string   `json:"scratch,omitempty"`     // "volume": home is a disk-backed volume of this sandbox alone
+	Caps       []string `json:"caps,omitempty"`        // added capabilities, as "NET_RAW"; all others are dropped
+	Runtime    string   `json:"runtime,omitempty"`     // OCI runtime; empty: the engine's default
+	ExtraHosts []string `json:"extra_hosts,omitempty"` // "name:address" lines for /etc/hosts
+}
+
+// Mount brings data into a sandbox.
+type Mount struct {
+	Type   string `json:"type,omitempty"`  // "bind" (default) or "volume"
+	Source string `json:"source"`          // host path, or volume name
+	Target string `json:"target"`          // absolute path inside
+	Write  bool   `json:"write,omitempty"` // false: read-only
+}
+
+// Owner says whose sandbox it is.
+type Owner struct {
+	Gate    string    `json:"gate"`    // name of the gate
+	Session string    `json:"session"` // session ID
+	User    string    `json:"user"`    // proven identity
+	Profile string    `json:"profile"`
+	Grant   string    `json:"grant"`   // ticket
+	Expires time.Time `json:"expires"` // the grant's end; the sandbox ends by itself soon after
+}
+
+// Info says what a backend started.
+type Info struct {
+	Backend string `json:"backend"`          // "docker", "kubernetes", "memory"
+	Image   string `json:"image"`            // reference asked for
+	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID
+	Node    string `json:"node,omitempty"`   // engine or node that runs it
+	Spec    any    `json:"spec,omitempty"`   // the backend's own request as sent, without secrets; encodes to JSON
+}
+
+// Kind is how a process is started.
+type Kind uint8
+
+const (
+	KindShell Kind = iota + 1 // a login shell (RFC 4254, section 6.5, "shell")
+	KindExec                  // Command by the shell's -c, or split into words where there is no shell ("exec")
+	KindSFTP                  // the agent's own sftp server ("subsystem")
+)
+
+// Process is one process to run.
+type Process struct {
+	Channel  uint32    // the connection's channel number, for reports about the process
+	Kind     Kind      //
+	Command  string    // for KindExec
+	Env      []string  // NAME=value, added last
+	Dir      string    // working directory; empty: home
+	Terminal *Terminal // nil: no pty; then stdin, stdout and stderr are three pipes
+	Stdin    io.Reader // read to its end, which closes the process's stdin; nil: none. It must fail when the caller is done
+	Stdout   io.Writer // with a terminal, all output
+	Stderr   io.Writer //
+	Resize   <-chan WindowSize
+	Signals  <-chan string // RFC 4254 names: "INT", "TERM", ...
+	// Typed, when not nil and Terminal is set, is called in order after the agent has written input to the terminal: n
+	// more bytes of Stdin were written while the terminal's line discipline was as the flags say.
+	Typed func(n int, state TerminalState)
+}
+
+// Terminal is a pty request (RFC 4254, section 6.2).
+type Terminal struct {
+	Term  string     // TERM
+	Size  WindowSize //
+	Modes []byte     // encoded terminal modes (RFC 4254, section 8)
+}
+
+// WindowSize is a terminal's size in characters and pixels.
+type WindowSize struct{ Columns, Rows, Width, Height uint32 }
+
+// TerminalState is what decides whether typed bytes are likely a password.
+type TerminalState struct {
+	Echo      bool // ECHO set
+	Canonical bool // ICANON set
+}
+
+// ExitStatus is how a process ended: by exit code, or by a signal when Signal is not empty.
+type ExitStatus struct {
+	Code       int    // exit code, 0-255
+	Signal     string // RFC 4254 signal name without SIG, "KILL"
+	CoreDumped bool
+}
