@@ -1,0 +1,134 @@
+package agent
+
+import (
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"runtime"
+	"sync"
+	"syscall"
+)
+
+// RunChild must be called at the very start of main, or of TestMain, of every program that serves as an agent: an
+// agent starts processes by executing its own file. In such a child it does the child's work and exits; else it returns.
+func RunChild() {
+	hooked = true
+	if len(os.Args) == 0 {
+		return
+	}
+	var err error
+	switch os.Args[0] {
+	case stage2Name:
+		os.Exit(stage2())
+	case sftpName:
+		err = serveSFTP()
+	case serveName:
+		err = serveCommand(os.Args[1:])
+	default:
+		return
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, os.Args[0]+":", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// hooked says that RunChild was called, so that this program's file may be executed as an agent.
+var hooked bool
+
+// Hooked says whether RunChild was called in this process.
+func Hooked() bool { return hooked }
+
+// Main is the whole of the agent's program. It returns the exit code.
+func Main(args []string, stdout, stderr io.Writer) int {
+	RunChild()
+	var err error
+	switch {
+	case len(args) == 2 && args[1] == "version":
+		fmt.Fprintln(stdout, "sallyport-agent protocol", Version)
+	case len(args) > 1 && args[1] == "serve":
+		err = serveCommand(args[2:])
+	default:
+		err = errors.New("usage: sallyport-agent serve --key KEY --socket PATH | version")
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "sallyport-agent:", err)
+		return 1
+	}
+	return 0
+}
+
+// serveCommand parses the command line of an agent.
+func serveCommand(args []string) error {
+	f := flag.NewFlagSet("serve", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	var (
+		c    Config
+		text = f.String("key", "", "public key of the session, base64")
+		fd   = f.Int("fd", -1, "descriptor of the stream to the gate, instead of a socket's path")
+	)
+	f.StringVar(&c.Socket, "socket", "", "path of the gate's socket")
+	f.StringVar(&c.Home, "home", "", "home directory")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	b, err := base64.StdEncoding.DecodeString(*text)
+	if err != nil || len(b) != ed25519.PublicKeySize {
+		return errors.New("--key: not a public key")
+	}
+	c.Key = b
+	if *fd >= 0 {
+		file := os.NewFile(uintptr(*fd), "gate")
+		syscall.CloseOnExec(*fd)
+		c.Conn, err = net.FileConn(file)
+		file.Close()
+		if err != nil {
+			return fmt.Errorf("--fd: %w", err)
+		}
+	} else if c.Socket == "" {
+		return errors.New("--socket is missing")
+	}
+	return Serve(c)
+}
+
+// takeSignals makes this process take every signal there is and do nothing: the default of most would end it.
+func takeSignals() {
+	c := make(chan os.Signal, 16)
+	for n := syscall.Signal(1); n < 65; n++ {
+		switch n {
+		case syscall.SIGKILL, syscall.SIGSTOP: // can't be taken
+		case syscall.SIGCHLD: // the reaper's
+		case syscall.SIGURG: // the runtime's own, thousands of them; its default is to do nothing
+		default:
+			signal.Notify(c, n)
+		}
+	}
+	go func() {
+		for range c {
+		}
+	}()
+}
+
+// startThreads makes the runtime start n threads, which it keeps for later.
+func startThreads(n int) {
+	var ready, release sync.WaitGroup
+	release.Add(1)
+	for range n {
+		ready.Add(1)
+		go func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			ready.Done()
+			release.Wait()
+		}()
+	}
+	ready.Wait()
+	release.Done()
+}
