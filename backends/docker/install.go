@@ -1,0 +1,80 @@
+package docker
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Below the state directory.
+const (
+	agentDir   = "agent"
+	runDir     = "run"
+	scratchDir = "scratch"
+	agentName  = "sallyport-agent"
+	socketName = "gate"
+)
+
+// agentLimit bounds the agent's file; ours has 5 MB.
+const agentLimit = 64 << 20
+
+// installAgent copies the agent to dir, under its hash, and returns the copy's path. The copy can be executed but read by
+// nobody: a process that executes an unreadable file can't be traced from its first instruction on.
+func installAgent(source, dir string) (string, error) {
+	info, err := os.Stat(source)
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() || info.Size() > agentLimit {
+		return "", fmt.Errorf("%s is not the agent", source)
+	}
+	b, err := os.ReadFile(source)
+	if err != nil {
+		return "", err
+	}
+	if !strings.HasPrefix(string(b), "\x7fELF") {
+		return "", fmt.Errorf("%s is not an executable", source)
+	}
+	hash := sha256.Sum256(b)
+	name := hex.EncodeToString(hash[:])
+	home := filepath.Join(dir, name)
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		return "", err
+	}
+	// Always anew: a crash may have left anything, and it can't be read to see. Running sandboxes keep the old file.
+	f, err := os.CreateTemp(home, "new-")
+	if err != nil {
+		return "", err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Chmod(0o111)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	to := filepath.Join(home, agentName)
+	if err == nil {
+		err = os.Rename(f.Name(), to)
+	}
+	if err != nil {
+		return "", errors.Join(err, os.Remove(f.Name()))
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		if e.Name() != name {
+			os.RemoveAll(filepath.Join(dir, e.Name())) // a version of the past; what remains of it does no harm
+		}
+	}
+	return to, nil
+}

@@ -1,0 +1,516 @@
+package docker
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/network"
+	"github.com/pkg/sftp"
+
+	"github.com/sallyport/sallyport/backends"
+)
+
+// TestConfinement looks at a sandbox from inside.
+func TestConfinement(t *testing.T) {
+	l, err := net.Listen("tcp", "0.0.0.0:0") // as the gate or its metrics might listen
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	s := startSandbox(t, newBackend(t, nil), newSpec(busyboxImage))
+	for _, test := range []struct{ line, want string }{
+		{"id -u; id -g", "1000\n1000\n"},
+		{"grep -E '^(CapEff|CapBnd|CapPrm|CapAmb|NoNewPrivs|Seccomp):' /proc/self/status | tr -d '\\t 0\\n'",
+			"CapPrm:CapEff:CapBnd:CapAmb:NoNewPrivs:1Seccomp:2"},
+		{"touch /x", "Read-only file system"},
+		{"touch /.sallyport/run/x", "Read-only file system"},
+		{"chmod 755 /.sallyport/agent", "Read-only file system"},
+		{"cat /.sallyport/agent", "Permission denied"},
+		{"ls -A /.sallyport/run", ""},
+		{"cat /proc/1/environ", "Permission denied"},
+		{"cat /proc/1/mem", "Permission denied"},
+		{"ls /proc/1/fd", "Permission denied"},
+		{"kill -9 1; kill -TERM 1; kill -STOP 1; echo $?", "0\n"},
+		{"cat /proc/$$/oom_score_adj", "500\n"},
+		{"stat -c %a /tmp $HOME", "700\n700\n"},
+		{"awk '$2 == \"/tmp\" || $2 == \"/home/sandbox\" {print $3, $4}' /proc/mounts | grep -c " +
+			"'^tmpfs rw,nosuid,nodev,relatime,size=131072k,nr_inodes=32768,mode=700,uid=1000,gid=1000'", "2\n"},
+		{"for d in /tmp $HOME; do printf '#!/bin/sh\necho ran\n' >$d/x; chmod +x $d/x; $d/x; done", "ran\nran\n"},
+		{"ls /sys/class/net; wc -l </proc/net/route; wc -l </proc/net/ipv6_route", "lo\n1\n"},
+		{"ulimit -c", "0\n"},
+		{"ls /var/run/docker.sock /run/docker.sock 2>&1 | grep -c 'No such'", "2\n"},
+		{"ls /dev/mem /dev/kmsg /dev/sda 2>&1 | grep -c 'No such'", "3\n"},
+		{"echo $USER $LOGNAME $HOME", "alice alice /home/sandbox\n"},
+		{"hostname | wc -c", "13\n"},
+		{"nc -w 2 127.0.0.1 " + port + " </dev/null; echo $?", "1\n"},
+		{"unshare -r id", "not permitted"},
+	} {
+		if got := sh(t, s, test.line); !strings.Contains(got, test.want) || test.want == "" && got != "" {
+			t.Errorf("%s: %q, want %q", test.line, got, test.want)
+		}
+	}
+	c, err := fixture.engine.ContainerInspect(context.Background(), s.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Config.Labels[labelUser] != "alice" || c.Config.Labels[labelSession] != s.session || c.HostConfig.Privileged ||
+		len(c.Mounts) != 2 || c.HostConfig.LogConfig.Type != "none" || !c.HostConfig.AutoRemove {
+		t.Errorf("%+v", c)
+	}
+	if info := s.Info(); info.Backend != "docker" || info.Image != busyboxImage || info.Digest != c.Image || info.Node == "" {
+		t.Errorf("%+v", info)
+	}
+}
+
+// TestHostUnreachable tries the host's addresses from the networks that are said not to reach it.
+func TestHostUnreachable(t *testing.T) {
+	engine := requireEngine(t)
+	l, err := net.Listen("tcp", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	ctx := context.Background()
+	name := "sallyport-test-" + rand.Text()
+	created, err := engine.NetworkCreate(ctx, name, network.CreateOptions{
+		Driver: "bridge", Internal: true,
+		// Without this the bridge has an address, at which every listener of the host answers.
+		Options: map[string]string{"com.docker.network.bridge.inhibit_ipv4": "true"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := engine.NetworkRemove(ctx, created.ID); err != nil {
+			t.Error(err)
+		}
+	})
+	b := newBackend(t, func(c *Config) { c.Networks = []string{name} })
+	n, err := engine.NetworkInspect(ctx, name, network.InspectOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	hosts := []string{"172.17.0.1"}
+	for _, c := range n.IPAM.Config {
+		hosts = append(hosts, c.Gateway)
+	}
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addresses {
+		if ip := a.(*net.IPNet).IP; ip.To4() != nil && !ip.IsLoopback() {
+			hosts = append(hosts, ip.String())
+		}
+	}
+	for _, network := range []string{"", name} {
+		spec := newSpec(busyboxImage)
+		spec.Template.Network = network
+		s := startSandbox(t, b, spec)
+		for _, host := range hosts {
+			got := sh(t, s, fmt.Sprintf("nc -w 1 %s %s </dev/null && echo reached", host, port))
+			if strings.Contains(got, "reached") {
+				t.Errorf("network %q: %s answers", network, host)
+			}
+		}
+		if routes := sh(t, s, "grep -c 00000000.00000000 /proc/net/route"); routes != "0\n" {
+			t.Errorf("network %q has a default route: %s", network, sh(t, s, "cat /proc/net/route"))
+		}
+		s.Close(ctx)
+	}
+}
+
+// TestFull fills what can be filled: there is an error, and the sandbox lives.
+func TestFull(t *testing.T) {
+	spec := newSpec(busyboxImage)
+	spec.Template.Memory, spec.Template.PIDs = 128<<20, 64
+	s := startSandbox(t, newBackend(t, nil), spec)
+	for _, dir := range []string{"/tmp", "$HOME", "/dev/shm"} {
+		if got := sh(t, s, "dd if=/dev/zero of="+dir+"/big bs=1M count=200"); !strings.Contains(got, "No space left") {
+			t.Errorf("%s: %q", dir, got)
+		}
+	}
+	if got := sh(t, s, "rm /tmp/big $HOME/big /dev/shm/big; i=0; while echo -n >/tmp/$i; do i=$((i+1)); done 2>&1 | tail -1"); !strings.Contains(got, "No space left") {
+		t.Errorf("inodes: %q", got)
+	}
+	r := run(t, s, backends.Process{Kind: backends.KindExec, Command: "exec tail /dev/zero"})
+	if r.err != nil || r.status.Signal != "KILL" {
+		t.Errorf("memory: %+v", r)
+	}
+	ctx, stop := context.WithTimeout(context.Background(), 3*time.Second)
+	defer stop()
+	s.Exec(ctx, backends.Process{Kind: backends.KindExec, Command: "f() { f | f & }; f; sleep 1000"})
+	if got := sh(t, s, "echo lives"); got != "lives\n" {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestHostileImage(t *testing.T) {
+	s := startSandbox(t, newBackend(t, nil), newSpec(hostileImage))
+	time.Sleep(1500 * time.Millisecond) // for the health check that must not run
+	for _, test := range []struct{ line, want string }{
+		{"id -u", "1000"},
+		{"ls -A /data", "more"},
+		{"stat -c %a:%u /data/more", "700:1000"},
+		{"dd if=/dev/zero of=/data/more/big bs=1M count=200", "No space left"},
+		{"pwd", "/home/sandbox"},
+	} {
+		if got := sh(t, s, "unset LD_PRELOAD; "+test.line); !strings.Contains(got, test.want) {
+			t.Errorf("%s: %q, want %q", test.line, got, test.want)
+		}
+	}
+	if got := sh(t, s, "ps"); strings.Contains(got, "777") {
+		t.Errorf("the entry point runs: %s", got)
+	}
+	c, err := fixture.engine.ContainerInspect(context.Background(), s.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.State.Health != nil && c.State.Health.Status != container.NoHealthcheck {
+		t.Errorf("health check: %+v", c.State.Health)
+	}
+	for _, m := range c.Mounts {
+		if m.Type == "volume" {
+			t.Errorf("volume: %+v", m)
+		}
+	}
+	if c.Config.Labels[labelServer] != s.backend.gate || c.Config.Labels[labelSession] != s.session {
+		t.Errorf("labels: %v", c.Config.Labels)
+	}
+}
+
+// TestImageWithoutShell has an image with one static program and nothing else.
+func TestImageWithoutShell(t *testing.T) {
+	s := startSandbox(t, newBackend(t, nil), newSpec(scratchImage))
+	for _, test := range []struct {
+		line   string
+		code   int
+		stdout string
+		stderr string
+	}{
+		{`/hello 'a  b' $HOME *`, 0, "[\"a  b\" \"$HOME\" \"*\"]\ninput", ""},
+		{"/hello fail", 9, "[\"fail\"]\ninput", ""},
+		{"hello", 127, "", "hello: no such file"},
+		{"/.sallyport", 126, "", "permission denied"},
+	} {
+		r := run(t, s, backends.Process{Kind: backends.KindExec, Command: test.line, Stdin: strings.NewReader("input")})
+		if r.err != nil || r.status.Code != test.code || r.stdout != test.stdout || !strings.Contains(r.stderr, test.stderr) {
+			t.Errorf("%s: %+v", test.line, r)
+		}
+	}
+	if r := run(t, s, backends.Process{Kind: backends.KindShell}); !errors.Is(r.err, backends.ErrNoShell) {
+		t.Errorf("shell: %+v", r)
+	}
+	if r := run(t, s, backends.Process{Kind: backends.KindExec, Command: "'"}); r.err == nil {
+		t.Errorf("quote: %+v", r)
+	}
+	stdin, feed := io.Pipe()
+	out, stdout := io.Pipe()
+	go func() {
+		s.Exec(context.Background(), backends.Process{Kind: backends.KindSFTP, Stdin: stdin, Stdout: stdout})
+		stdout.Close()
+	}()
+	c, err := sftp.NewClientPipe(out, feed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list, err := c.ReadDir("/"); err != nil || len(list) < 4 {
+		t.Errorf("%v %v", list, err)
+	}
+	c.Close()
+	feed.Close()
+}
+
+func TestMounts(t *testing.T) {
+	data := t.TempDir()
+	if err := os.Chmod(data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(data, "app.log"), []byte("a line\n"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(filepath.Join(data, "app.log"), 0, 4); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(data, "out"), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(data, "out"), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	b := newBackend(t, func(c *Config) { c.BindPrefixes = []string{filepath.Dir(data)} })
+	spec := newSpec(busyboxImage)
+	spec.Template.Groups = []uint32{4}
+	spec.Template.Scratch = "volume"
+	spec.Template.Mounts = []backends.Mount{
+		{Source: data, Target: "/logs"}, {Source: filepath.Join(data, "out"), Target: "/out", Write: true},
+	}
+	s := startSandbox(t, b, spec)
+	for _, test := range []struct{ line, want string }{
+		{"cat /logs/app.log", "a line\n"},
+		{"touch /logs/out/x", "Read-only file system"},
+		{"echo x >/out/x; cat /logs/out/x", "x\n"},
+		{"stat -c %a:%u:%g $HOME; echo x >~/f; cat ~/f", "700:1000:1000\nx\n"},
+		{"awk '$2 == \"/home/sandbox\" {print $3}' /proc/mounts | grep -c tmpfs", "0\n"},
+		{"ln -s /etc ~/link; mkdir -p ~/a/b; chmod 0 ~/a", ""},
+	} {
+		if got := sh(t, s, test.line); !strings.Contains(got, test.want) {
+			t.Errorf("%s: %q, want %q", test.line, got, test.want)
+		}
+	}
+	// Without the group the log can't be read.
+	spec = newSpec(busyboxImage)
+	spec.Template.Mounts = []backends.Mount{{Source: data, Target: "/logs"}}
+	if got := sh(t, startSandbox(t, b, spec), "cat /logs/app.log"); !strings.Contains(got, "Permission denied") {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestRoot(t *testing.T) {
+	b := newBackend(t, func(c *Config) { c.AllowRoot, c.AllowCaps = true, []string{"NET_RAW"} })
+	spec := newSpec(busyboxImage)
+	spec.Template.UID, spec.Template.GID, spec.Template.Caps = 0, 0, []string{"NET_RAW"}
+	s := startSandbox(t, b, spec)
+	for _, test := range []struct{ line, want string }{
+		{"id -u; grep CapEff /proc/self/status", "0\nCapEff:\t0000000000002000\n"},
+		{"cat /.sallyport/agent", "Permission denied"},
+		{"cat /proc/1/environ", "Permission denied"},
+		{"chmod 755 /.sallyport/agent", "Read-only file system"},
+		{"mount -o remount,rw /", "permission denied"},
+	} {
+		if got := sh(t, s, test.line); !strings.Contains(got, test.want) {
+			t.Errorf("%s: %q, want %q", test.line, got, test.want)
+		}
+	}
+}
+
+func TestFailedStarts(t *testing.T) {
+	b := newBackend(t, nil)
+	ctx := context.Background()
+	spec := newSpec("sallyport-test/no-such-image:1")
+	if _, err := b.Start(ctx, spec); err == nil || !strings.Contains(err.Error(), "find image") {
+		t.Errorf("no image: %v", err)
+	}
+	// An agent that ends at once, as one of another protocol might.
+	broken := newBackend(t, func(c *Config) { c.Agent = filepath.Join(fixture.dir, "hello") })
+	begin := time.Now()
+	_, err := broken.Start(ctx, newSpec(busyboxImage))
+	if err == nil || !strings.Contains(err.Error(), "before it was reached") || time.Since(begin) > 15*time.Second {
+		t.Errorf("broken agent: %v after %v", err, time.Since(begin))
+	}
+	spec = newSpec(busyboxImage)
+	s := startSandbox(t, b, spec)
+	if _, err := b.Start(ctx, spec); err == nil {
+		t.Error("a second sandbox for the session")
+	}
+	if got := sh(t, s, "echo x"); got != "x\n" {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestDeathIsExplained(t *testing.T) {
+	s := startSandbox(t, newBackend(t, nil), newSpec(busyboxImage))
+	time.Sleep(200 * time.Millisecond) // for Run to listen
+	if err := fixture.engine.ContainerKill(context.Background(), s.ID(), "KILL"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-s.Done():
+	case <-time.After(20 * time.Second):
+		t.Fatal("not done")
+	}
+	if err := s.Err(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestReap leaves what a crash could leave, of this gate and of another.
+func TestReap(t *testing.T) {
+	engine := requireEngine(t)
+	b := newBackend(t, nil)
+	ctx := context.Background()
+	live := startSandbox(t, b, newSpec(busyboxImage))
+	make := func(gate, session, name string) string {
+		c, err := engine.ContainerCreate(ctx, &container.Config{
+			Image: busyboxImage, Cmd: []string{"/bin/sleep", "60"},
+			Labels: map[string]string{labelServer: gate, labelSession: session},
+		}, nil, nil, nil, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { b.removeContainer(ctx, c.ID) })
+		return c.ID
+	}
+	never := "test-" + rand.Text()
+	neverStarted := make(b.gate, never, namePrefix+never)
+	started := "test-" + rand.Text()
+	running := make(b.gate, started, namePrefix+started)
+	if err := engine.ContainerStart(ctx, running, container.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	other := "test-" + rand.Text()
+	foreign := make("another-gate", other, namePrefix+other)
+	odd := make(b.gate, "x", namePrefix+"test-odd-"+rand.Text()) // only its image or its starter says it is ours
+	for _, dir := range []string{runDir, scratchDir} {
+		if err := os.MkdirAll(filepath.Join(b.config.StateDir, dir, "old", "a"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := b.Reap(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for id, want := range map[string]bool{neverStarted: false, running: false, foreign: true, odd: true, live.ID(): true} {
+		if _, err := engine.ContainerInspect(ctx, id); (err == nil) != want {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+	for _, dir := range []string{runDir, scratchDir} {
+		if _, err := os.Stat(filepath.Join(b.config.StateDir, dir, "old")); err == nil {
+			t.Errorf("%s/old is left", dir)
+		}
+	}
+	if got := sh(t, live, "echo x"); got != "x\n" {
+		t.Errorf("%q", got)
+	}
+}
+
+// gateVariable makes this test's program a gate that starts a sandbox, says so and waits to be killed.
+const gateVariable = "SALLYPORT_TEST_GATE"
+
+// TestKilledGate kills a gate: its sandbox ends by itself, and the next gate removes what else there is.
+func TestKilledGate(t *testing.T) {
+	if state := os.Getenv(gateVariable); state != "" {
+		gateToBeKilled(state)
+		return
+	}
+	b := newBackend(t, nil)
+	cmd := exec.Command(os.Args[0], "-test.run=^TestKilledGate$")
+	cmd.Env = append(os.Environ(), strings.Join([]string{
+		gateVariable + "=" + b.config.StateDir, b.config.Agent, b.gate, newSpec("").Owner.Session,
+	}, "|"))
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var id string
+	if _, err := fmt.Fscanf(out, "started %s\n", &id); err != nil {
+		t.Error(err)
+	}
+	if _, err := fixture.engine.ContainerInspect(context.Background(), id); err != nil {
+		t.Error(err)
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		if _, err := fixture.engine.ContainerInspect(context.Background(), id); err != nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Error("the container is left")
+			break
+		}
+	}
+	if entries, _ := os.ReadDir(filepath.Join(b.config.StateDir, runDir)); len(entries) != 1 {
+		t.Errorf("before the next gate: %v", entries)
+	}
+	if err := b.Reap(context.Background()); err != nil {
+		t.Error(err)
+	}
+}
+
+func gateToBeKilled(arguments string) {
+	a := strings.Split(arguments, "|")
+	b, err := New(context.Background(), Config{StateDir: a[0], Agent: a[1]}, a[2], slog.New(slog.DiscardHandler))
+	if err != nil {
+		panic(err)
+	}
+	spec := newSpec(busyboxImage)
+	spec.Owner.Session = a[3]
+	s, err := b.Start(context.Background(), spec)
+	if err != nil {
+		panic(err)
+	}
+	go s.Exec(context.Background(), backends.Process{Kind: backends.KindExec, Command: "trap '' HUP; sleep 1000"})
+	fmt.Printf("started %s\n", s.ID())
+	select {}
+}
+
+// TestCut ends sandboxes at random moments of their start and their life; newBackend's clean-up looks what is left.
+func TestCut(t *testing.T) {
+	b := newBackend(t, nil)
+	var all sync.WaitGroup
+	slots := make(chan struct{}, 4)
+	for range 24 {
+		slots <- struct{}{}
+		all.Go(func() {
+			defer func() { <-slots }()
+			ctx, stop := context.WithCancel(context.Background())
+			defer stop()
+			time.AfterFunc(time.Duration(mathrand.IntN(1500))*time.Millisecond, stop)
+			s, err := b.Start(ctx, newSpec(busyboxImage))
+			if err != nil {
+				if !errors.Is(err, context.Canceled) {
+					t.Error(err)
+				}
+				return
+			}
+			var out bytes.Buffer
+			s.Exec(ctx, backends.Process{Kind: backends.KindExec, Command: "yes", Stdout: &out})
+			if mathrand.IntN(2) == 0 {
+				fixture.engine.ContainerKill(context.Background(), s.ID(), "KILL")
+			}
+			if err := s.Close(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+}
+
+// TestLongStateDir has a state directory in which no path of a socket fits into an address.
+func TestLongStateDir(t *testing.T) {
+	b := newBackend(t, func(c *Config) { c.StateDir = filepath.Join(c.StateDir, strings.Repeat("long/", 30)) })
+	if got := sh(t, startSandbox(t, b, newSpec(busyboxImage)), "echo x"); got != "x\n" {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestReady(t *testing.T) {
+	b := newBackend(t, nil)
+	if err := b.Ready(context.Background()); err != nil {
+		t.Error(err)
+	}
+	info, err := os.Stat(b.agent)
+	if err != nil || info.Mode() != 0o111 {
+		t.Errorf("%v %v", info, err)
+	}
+	_, err = New(context.Background(), Config{
+		Host: "unix:///no/such.sock", Agent: fixture.agent, StateDir: t.TempDir(),
+	}, "gate", slog.New(slog.DiscardHandler))
+	if err == nil {
+		t.Error("no error without an engine")
+	}
+}
