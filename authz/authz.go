@@ -1,0 +1,114 @@
+// Package authz decides who gets in and what their sandbox may see. It embeds Open Policy Agent (OPA): policy is Rego,
+// grants and profiles are data, and an undefined, failed or ambiguous decision is a refusal.
+package authz
+
+import "time"
+
+// OfferInput is the question whether a public key may be used at all by a user. It is asked for a key that is offered
+// and not yet proven, so the answer is only whether a signature is worth asking for.
+type OfferInput struct {
+	User   string `json:"user"`
+	Source string `json:"source"` // client's IP address
+	Key    Key    `json:"key"`
+}
+
+// Key is a public key.
+type Key struct {
+	Type        string `json:"type"`        // "ssh-ed25519"
+	Fingerprint string `json:"fingerprint"` // "SHA256:..."
+	Line        string `json:"line"`        // as in authorized_keys, "type base64", no comment
+}
+
+// LoginInput is the question whether a user who has proven a key gets a sandbox, and which.
+type LoginInput struct {
+	User          string `json:"user"`             // proven, [a-z_][a-z0-9._-]{0,63}
+	Choice        string `json:"choice,omitempty"` // a profile's name or a ticket, from alice+CHOICE
+	Source        string `json:"source"`           // client's IP address
+	Key           Key    `json:"key"`              // proven
+	ClientVersion string `json:"client_version"`
+	Gate          string `json:"gate"`
+}
+
+// Login is the answer to a LoginInput.
+type Login struct {
+	Allow  bool   `json:"allow"`
+	Reason string `json:"reason,omitempty"` // for the client: why not, and what to do next
+
+	Groups    []string  `json:"groups,omitempty"`
+	Ticket    string    `json:"ticket,omitempty"` // the grant's name
+	Profile   string    `json:"profile,omitempty"`
+	NotBefore time.Time `json:"not_before,omitzero"`
+	NotAfter  time.Time `json:"not_after,omitzero"`
+	Why       string    `json:"why,omitempty"`         // the grant's reason, text from data: sanitise where printed
+	Approved  string    `json:"approved_by,omitempty"` // text from data
+	Sandbox   Sandbox   `json:"sandbox"`
+	Permit    Permit    `json:"permit"`
+
+	ID       string `json:"id"`       // of this decision
+	Revision string `json:"revision"` // of policy and data together: a hash
+	Rule     string `json:"rule,omitempty"`
+}
+
+// Sandbox is a profile's half that says what the sandbox is. Sizes are strings as Docker and Kubernetes write them:
+// "512Mi", "1Gi", "64M".
+type Sandbox struct {
+	Image      string   `json:"image"`
+	PullPolicy string   `json:"pull_policy,omitempty"`
+	User       string   `json:"user,omitempty"`   // "uid:gid"; empty: 1000:1000
+	Groups     []uint32 `json:"groups,omitempty"` // supplementary group IDs
+	Hostname   string   `json:"hostname,omitempty"`
+	Home       string   `json:"home,omitempty"`
+	Env        []string `json:"env,omitempty"`
+	Mounts     []Mount  `json:"mounts,omitempty"`
+	Network    string   `json:"network,omitempty"`
+	Memory     string   `json:"memory,omitempty"`
+	CPUs       float64  `json:"cpus,omitempty"`
+	PIDs       int64    `json:"pids,omitempty"`
+	TmpSize    string   `json:"tmp_size,omitempty"`
+	HomeSize   string   `json:"home_size,omitempty"`
+	Scratch    string   `json:"scratch,omitempty"`
+	Caps       []string `json:"caps,omitempty"`
+	Runtime    string   `json:"runtime,omitempty"`
+	ExtraHosts []string `json:"extra_hosts,omitempty"`
+}
+
+// Mount is one mount of a profile. It is read-only unless Write is true.
+type Mount struct {
+	Type   string `json:"type,omitempty"` // "bind" (default) or "volume"
+	Source string `json:"source"`
+	Target string `json:"target"`
+	Write  bool   `json:"write,omitempty"`
+}
+
+// Permit is what a session may do. What is not named is refused.
+type Permit struct {
+	Shell   bool     `json:"shell,omitempty"`
+	Exec    bool     `json:"exec,omitempty"`
+	SFTP    bool     `json:"sftp,omitempty"`
+	Env     []string `json:"env,omitempty"`     // names a client may set; a trailing * matches a prefix
+	Forward []string `json:"forward,omitempty"` // host:port a client may reach from inside (later)
+	// Input says what of typed input is recorded: "" or "no-passwords" (default), "all" or "none".
+	Input string `json:"input,omitempty"`
+	// MaxDuration and IdleTimeout narrow the gate's own limits; Go durations, "1h30m".
+	MaxDuration string `json:"max_duration,omitempty"`
+	IdleTimeout string `json:"idle_timeout,omitempty"`
+}
+
+// RequestInput is the question whether one request on a channel may be served. Login is the decision that admitted the
+// connection.
+type RequestInput struct {
+	User    string `json:"user"`
+	Ticket  string `json:"ticket"`
+	Profile string `json:"profile"`
+	Permit  Permit `json:"permit"`
+	Type    string `json:"type"`              // "shell", "exec", "subsystem", "pty-req", "env", "signal"
+	Command string `json:"command,omitempty"` // for exec
+	Name    string `json:"name,omitempty"`    // subsystem, or environment variable
+}
+
+// Verdict is the answer to a RequestInput.
+type Verdict struct {
+	Allow  bool   `json:"allow"`
+	Reason string `json:"reason,omitempty"` // for the client
+	ID     string `json:"id"`
+}
