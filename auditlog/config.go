@@ -1,0 +1,68 @@
+package auditlog
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Config says where and how a gate writes its log.
+type Config struct {
+	// Spool is the directory in which segments are written and wait for the store. Required; on a disk of its own file
+	// system if the gate shall outlive a full one.
+	Spool string `yaml:"spool"`
+	// SegmentBytes is the size at which a segment is cut. Default 8 MiB, at least 4 KiB, at most 64 MiB.
+	SegmentBytes int64 `yaml:"segment_bytes"`
+	// SegmentAge is the time after which a segment that holds data is cut. Default 5s.
+	SegmentAge time.Duration `yaml:"segment_age"`
+	// SyncInterval is how long a record may wait to be durable, the disk's own time aside. Default 250ms.
+	SyncInterval time.Duration `yaml:"sync_interval"`
+	// SyncBytes is how many bytes of a session may wait to be durable; then the session waits. Default 8 MiB, at least
+	// 64 KiB.
+	SyncBytes int64 `yaml:"sync_bytes"`
+	// SpoolLimit is how many bytes the spool may take; then sessions end and new ones are refused. Default 4 GiB.
+	SpoolLimit int64 `yaml:"spool_limit"`
+	// Codec compresses frames: "auto" (zstd, but s2 for what comes fast), "zstd", "s2" or "none". Default "auto".
+	Codec string `yaml:"codec"`
+}
+
+// WithDefaults gives the configuration with its unset values set.
+func (c Config) WithDefaults() Config {
+	set := func(v *int64, d int64) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	set(&c.SegmentBytes, 8<<20)
+	set(&c.SyncBytes, 8<<20)
+	set(&c.SpoolLimit, 4<<30)
+	set((*int64)(&c.SegmentAge), int64(5*time.Second))
+	set((*int64)(&c.SyncInterval), int64(250*time.Millisecond))
+	if c.Codec == "" {
+		c.Codec = "auto"
+	}
+	return c
+}
+
+// Validate says what is wrong with a configuration; call it after WithDefaults.
+func (c Config) Validate() error {
+	switch {
+	case c.Spool == "":
+		return errors.New("spool: not set")
+	case c.SegmentBytes < 4<<10 || c.SegmentBytes > 64<<20:
+		return fmt.Errorf("segment_bytes: %d is not between 4096 and 67108864", c.SegmentBytes)
+	case c.SegmentAge < 10*time.Millisecond:
+		return fmt.Errorf("segment_age: %v is less than 10ms", c.SegmentAge)
+	case c.SyncInterval < time.Millisecond:
+		return fmt.Errorf("sync_interval: %v is less than 1ms", c.SyncInterval)
+	case c.SyncBytes < 64<<10:
+		return fmt.Errorf("sync_bytes: %d is less than 65536", c.SyncBytes)
+	case c.SpoolLimit < 1<<20:
+		return fmt.Errorf("spool_limit: %d is less than 1048576", c.SpoolLimit)
+	}
+	switch c.Codec {
+	case "auto", "zstd", "s2", "none":
+		return nil
+	}
+	return fmt.Errorf("codec: %q is none of auto, zstd, s2, none", c.Codec)
+}

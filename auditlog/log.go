@@ -1,0 +1,253 @@
+package auditlog
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// Store takes sealed segments. It is write-only by shape.
+type Store interface {
+	// Put stores size bytes of r as the object name, durably, before it returns nil. Putting the same bytes under the same
+	// name again is no error; putting others is (ErrExists). r may be an *os.File, which is never changed afterwards.
+	Put(ctx context.Context, name string, r io.Reader, size int64) error
+}
+
+// ErrExists is returned by a Store for a name that holds other bytes.
+var ErrExists = errors.New("exists with different content")
+
+// fileOverhead is what a file takes in the spool beside its bytes. Counted, so that the limit bounds the number of files.
+const fileOverhead = 4 << 10
+
+// Log is a gate's audit log, the writing side.
+type Log struct {
+	cfg   Config
+	key   ed25519.PrivateKey
+	store Store
+	gate  string
+	log   *slog.Logger
+	zstd  *zstd.Encoder
+	lock  *os.File
+	used  atomic.Int64 // bytes in the spool
+	now   func() time.Time
+
+	uploads  *uploader
+	flushers sync.WaitGroup
+	stop     chan struct{} // closed by Close: ends the folding
+	folding  sync.WaitGroup
+
+	mu       sync.Mutex // guards all below
+	closed   bool
+	live     map[*Recorder]struct{}
+	spoolErr error // of the last write to the spool, nil if it went well
+	fold     fold
+	own      *Recorder // the gate's own log, nil while there is nothing to say
+}
+
+// Open opens the log of the gate with this name (ValidID) in cfg.Spool, which no other gate may have open. What an earlier
+// gate left there unsealed is sealed, flagged as interrupted and signed with key; what it did not bring to the store is
+// brought there now. ctx bounds opening alone. Unset values of cfg get their defaults.
+func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
+	cfg = cfg.WithDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	if !ValidID(gate) {
+		return nil, fmt.Errorf("open log: %q is no name for a gate: want 1 to %d of a-z A-Z 0-9 _ -", gate, maxID)
+	}
+	if len(key) != ed25519.PrivateKeySize {
+		return nil, errors.New("open log: no key")
+	}
+	if err := os.MkdirAll(cfg.Spool, 0o700); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	lock, err := lockDir(filepath.Join(cfg.Spool, "lock"))
+	if err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	enc, err := newZstd()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
+	}
+	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, now: time.Now,
+		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
+	l.uploads = newUploader(l)
+	if err := l.recover(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
+	}
+	l.uploads.start()
+	l.folding.Add(1)
+	go l.foldLoop()
+	return l, nil
+}
+
+// New gives a recorder for a connection with this ID (ValidID, never used before). Every recorder must be closed. It
+// writes nothing before Begin. A recorder of a closed log, or with an ID that can't be, is lost from the start.
+func (l *Log) New(id string) *Recorder { return l.newRecorder(SessionLog, id) }
+
+func (l *Log) newRecorder(kind LogKind, id string) *Recorder {
+	r := &Recorder{log: l, kind: kind, id: id, start: l.now(), lost: make(chan struct{}), done: make(chan struct{}),
+		wake: make(chan struct{}, 1)}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.closed:
+		r.lose(ErrClosed)
+	case !ValidID(id):
+		r.lose(fmt.Errorf("%.80q is no ID", id))
+	default:
+		l.live[r] = struct{}{}
+	}
+	return r
+}
+
+func (l *Log) forget(r *Recorder) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.live, r)
+}
+
+// room says whether the spool may grow, by slack bytes over its limit.
+func (l *Log) room(slack int64) error {
+	if used := l.used.Load(); used >= l.cfg.SpoolLimit+slack {
+		return fmt.Errorf("%w: %d of %d bytes", ErrSpoolLimit, used, l.cfg.SpoolLimit)
+	}
+	return nil
+}
+
+// spoolFailed keeps an error of the spool for Ready.
+func (l *Log) spoolFailed(err error) {
+	l.log.Error("audit log: spool failed", "error", err)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.spoolErr = err
+}
+
+// Ready says why no session may begin: the spool is full or can't be written. After a failure it tries the spool anew.
+func (l *Log) Ready() error {
+	l.mu.Lock()
+	failed, closed := l.spoolErr, l.closed
+	l.mu.Unlock()
+	if closed {
+		return ErrClosed
+	}
+	if err := l.room(0); err != nil {
+		return err
+	}
+	if failed == nil {
+		return nil
+	}
+	if err := l.probe(); err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.spoolErr = nil
+	return nil
+}
+
+// probe writes and syncs a file in the spool.
+func (l *Log) probe() error {
+	f, err := os.CreateTemp(l.cfg.Spool, "probe-*"+probeSuffix)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(make([]byte, fileOverhead))
+	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
+}
+
+const probeSuffix = ".probe"
+
+// StoreErr is the error of the last Put, nil if it went well. Sessions go on meanwhile, until the spool is full.
+func (l *Log) StoreErr() error { return l.uploads.lastErr() }
+
+// Stats is a moment's state of the log.
+type Stats struct {
+	SpoolBytes int64 // in the spool, with what each file takes beside its bytes
+	SpoolLimit int64
+	Waiting    int    // segments that wait for the store
+	Stored     uint64 // segments brought to the store since Open
+	Failed     uint64 // Puts that failed since Open
+}
+
+// Stats gives the state, for metrics.
+func (l *Log) Stats() Stats {
+	s := l.uploads.stats()
+	s.SpoolBytes, s.SpoolLimit = l.used.Load(), l.cfg.SpoolLimit
+	return s
+}
+
+// seal renames a finished segment and hands it to the uploader once its name is durable.
+func (l *Log) seal(w *segmentWriter) error {
+	err := w.rename()
+	if err == nil {
+		err = syncDir(l.cfg.Spool)
+	}
+	if err != nil {
+		l.spoolFailed(err)
+		return err
+	}
+	l.uploads.add(w.header.ID, upload{number: w.header.Number, name: w.header.Name().String(), size: w.size})
+	return nil
+}
+
+// Close ends the log: sessions that are still open are closed with the cause "shutdown", and segments go to the store
+// until ctx is done. What is left then stays in the spool for the next Open, and is no error.
+func (l *Log) Close(ctx context.Context) error {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return nil
+	}
+	l.closed = true
+	var open []*Recorder
+	for r := range l.live {
+		if r.kind == SessionLog {
+			open = append(open, r)
+		}
+	}
+	l.mu.Unlock()
+	var errs []error
+	for _, r := range open {
+		errs = append(errs, r.Close(&End{Cause: "shutdown"}))
+	}
+	close(l.stop)
+	l.folding.Wait()
+	l.writeRefused()
+	l.mu.Lock()
+	own := l.own
+	l.own = nil
+	l.mu.Unlock()
+	if own != nil {
+		errs = append(errs, own.Close(&End{Cause: "shutdown"}))
+	}
+	flushed := make(chan struct{})
+	go func() { l.flushers.Wait(); close(flushed) }()
+	select {
+	case <-flushed:
+	case <-ctx.Done(): // a disk that hangs shall not keep the gate from ending
+		errs = append(errs, context.Cause(ctx))
+	}
+	l.uploads.close(ctx)
+	errs = append(errs, l.zstd.Close(), l.lock.Close())
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("close log: %w", err)
+	}
+	return nil
+}
+
+// newRunID makes an ID for one run of the gate's own log; it sorts by time.
+func newRunID(now time.Time) string {
+	return now.UTC().Format("20060102T150405Z") + "-" + rand.Text()[:8]
+}

@@ -1,0 +1,289 @@
+package auditlog
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// spoolFile is a file of the spool directory.
+type spoolFile struct {
+	id     string
+	number uint32
+	suffix string // openSuffix or sealedSuffix
+	size   int64
+}
+
+func (f spoolFile) path(dir string) string {
+	return filepath.Join(dir, spoolName(f.id, f.number, f.suffix))
+}
+
+// upload reads the header for the name that the object gets.
+func (f spoolFile) upload(dir string) (upload, error) {
+	file, err := os.Open(f.path(dir))
+	if err != nil {
+		return upload{}, err
+	}
+	defer file.Close()
+	s, err := NewSegmentReader(file)
+	if err != nil {
+		return upload{}, fmt.Errorf("%s: %w", f.path(dir), err)
+	}
+	return upload{number: f.number, name: s.Header().Name().String(), size: f.size}, nil
+}
+
+// readSpool lists a spool's segments by log and number. It removes what probes left.
+func readSpool(dir string) ([]spoolFile, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	var files []spoolFile
+	for {
+		entries, err := d.ReadDir(1024)
+		for _, e := range entries {
+			if strings.HasSuffix(e.Name(), probeSuffix) {
+				if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
+					return nil, err
+				}
+				continue
+			}
+			f, ok := parseSpoolName(e.Name())
+			if !ok || !e.Type().IsRegular() {
+				continue
+			}
+			info, err := e.Info()
+			if errors.Is(err, os.ErrNotExist) {
+				continue // stored meanwhile
+			}
+			if err != nil {
+				return nil, err
+			}
+			f.size = info.Size()
+			files = append(files, f)
+		}
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	slices.SortFunc(files, func(a, b spoolFile) int {
+		return cmp.Or(strings.Compare(a.id, b.id), cmp.Compare(a.number, b.number), strings.Compare(a.suffix, b.suffix))
+	})
+	return files, nil
+}
+
+func parseSpoolName(name string) (spoolFile, bool) {
+	parts := strings.Split(name, ".")
+	if len(parts) != 3 || !ValidID(parts[0]) || "."+parts[2] != openSuffix && "."+parts[2] != sealedSuffix {
+		return spoolFile{}, false
+	}
+	number, err := parseNumber(parts[1])
+	if err != nil {
+		return spoolFile{}, false
+	}
+	return spoolFile{id: parts[0], number: number, suffix: "." + parts[2]}, true
+}
+
+// recover seals what an earlier gate left unsealed and queues all that waits for the store.
+func (l *Log) recover(ctx context.Context) error {
+	files, err := readSpool(l.cfg.Spool)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		l.used.Add(f.size + fileOverhead)
+	}
+	for len(files) > 0 {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		n := slices.IndexFunc(files, func(f spoolFile) bool { return f.id != files[0].id })
+		if n < 0 {
+			n = len(files)
+		}
+		if err := l.recoverLog(files[:n]); err != nil {
+			return fmt.Errorf("recover log of %s: %w", files[0].id, err)
+		}
+		files = files[n:]
+	}
+	if err := syncDir(l.cfg.Spool); err != nil {
+		return err
+	}
+	// Queued only now that all names are durable.
+	l.uploads.overflow = true
+	l.uploads.rescan()
+	return nil
+}
+
+// recoverLog leaves a log's files sealed up to a last segment.
+func (l *Log) recoverLog(files []spoolFile) error {
+	dir := l.cfg.Spool
+	for i, f := range files {
+		if f.suffix == sealedSuffix && i < len(files)-1 {
+			continue
+		}
+		s, err := scanSegment(f.path(dir))
+		if err != nil {
+			return err
+		}
+		last := i == len(files)-1
+		switch {
+		case !s.whole && f.suffix == openSuffix && (f.number == 0 || i > 0):
+			// Killed while making the file: nothing is in it, and the segment before is still here.
+			if err := os.Remove(f.path(dir)); err != nil {
+				return err
+			}
+			l.used.Add(-f.size - fileOverhead)
+			if last && i > 0 {
+				return l.sealAfter(files[i-1])
+			}
+		case !s.whole || s.header.ID != f.id || s.header.Number != f.number:
+			l.log.Error("audit log: spool holds a file that is no segment; moved aside", "file", f.path(dir))
+			if err := os.Rename(f.path(dir), f.path(dir)+".bad"); err != nil {
+				return err
+			}
+		case s.footer != nil:
+			if f.suffix == openSuffix {
+				if err := os.Rename(f.path(dir), spoolFile{f.id, f.number, sealedSuffix, 0}.path(dir)); err != nil {
+					return err
+				}
+			}
+			if last && !s.footer.Last {
+				return l.sealAfter(spoolFile{f.id, f.number, sealedSuffix, 0})
+			}
+		case f.suffix == sealedSuffix || !last:
+			// A disk that lost what it had synced. The reader will say so; the rest is still worth having.
+			l.log.Error("audit log: segment in the spool is damaged", "file", f.path(dir), "whole_until", s.good)
+		default:
+			if err := l.sealOpen(f, s); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// scan is what a segment's file holds that is whole.
+type scan struct {
+	whole  bool // the header is
+	header Header
+	good   int64 // bytes up to the end of the last whole frame
+	footer *Footer
+	next   uint64
+	ended  bool // the last record is an End
+	hash   Hash // of all bytes, if there is a footer
+}
+
+func scanSegment(path string) (scan, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return scan{}, err
+	}
+	defer f.Close()
+	r, err := NewSegmentReader(f)
+	var damage *DamageError
+	if errors.As(err, &damage) && damage.Cause == nil {
+		return scan{}, nil
+	}
+	if err != nil {
+		return scan{}, err
+	}
+	s := scan{whole: true, header: r.Header()}
+	for {
+		rec, err := r.Next()
+		if errors.As(err, &damage) && damage.Cause == nil || errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return scan{}, err
+		}
+		_, s.ended = rec.Body.(*End)
+	}
+	s.good, s.next = r.Whole(), r.NextSequence()
+	if footer, ok := r.Footer(); ok {
+		s.footer, s.hash = &footer, r.Hash()
+	}
+	return s, nil
+}
+
+// sealOpen cuts an open segment back to its last whole frame and seals it as interrupted.
+func (l *Log) sealOpen(file spoolFile, s scan) error {
+	f, err := os.OpenFile(file.path(l.cfg.Spool), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	w := &segmentWriter{dir: l.cfg.Spool, f: f, header: s.header, hash: sha256.New(), size: s.good,
+		records: s.next - s.header.First, next: s.next}
+	err = f.Truncate(s.good)
+	if err == nil {
+		_, err = io.Copy(w.hash, f)
+	}
+	if err == nil {
+		err = l.sealInterrupted(w, s.ended)
+	}
+	if err != nil {
+		f.Close() // the error that counts is here already
+		return err
+	}
+	l.used.Add(w.size - file.size)
+	return nil
+}
+
+// sealAfter adds a last segment after a sealed one that is not the last.
+func (l *Log) sealAfter(before spoolFile) error {
+	before.suffix = sealedSuffix
+	s, err := scanSegment(before.path(l.cfg.Spool))
+	if err != nil {
+		return err
+	}
+	if s.footer == nil || s.header.Number == maxNumber {
+		return nil // damaged: it can't be continued
+	}
+	if s.footer.Last {
+		return nil
+	}
+	old := segmentWriter{header: s.header, next: s.next}
+	w, err := createSegment(l.cfg.Spool, old.following(s.hash, l.now()))
+	if err != nil {
+		return err
+	}
+	if err := l.sealInterrupted(w, s.ended); err != nil {
+		w.f.Close() // the error that counts is here already
+		return err
+	}
+	l.used.Add(w.size + fileOverhead)
+	return nil
+}
+
+// sealInterrupted ends a log for the gate that could not.
+func (l *Log) sealInterrupted(w *segmentWriter, ended bool) error {
+	now := l.now()
+	if !ended {
+		body, err := encodeBody(&End{Cause: "interrupted", Detail: "the gate ended before the session did; sealed at its next start"})
+		if err != nil {
+			return err
+		}
+		rec := append(appendHead(nil, w.next, now, 0, KindEnd), body...)
+		if err := w.writeFrame(codecNone, rec, len(rec), 1); err != nil {
+			return err
+		}
+	}
+	if _, err := w.finish(l.key, now, true, true); err != nil {
+		return err
+	}
+	l.log.Info("audit log: sealed what an earlier gate left", "id", w.header.ID, "segment", w.header.Number,
+		"since", w.header.LogStart.Format(time.RFC3339))
+	return w.rename()
+}

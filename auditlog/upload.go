@@ -1,0 +1,277 @@
+package auditlog
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+const (
+	uploadWorkers = 4
+	uploadTimeout = 5 * time.Minute // of one Put
+	backoffFirst  = 100 * time.Millisecond
+	backoffMost   = 30 * time.Second
+	maxWaiting    = 16 << 10 // segments known in memory; those beyond are found by looking at the spool again
+)
+
+// upload is a sealed segment that waits for the store.
+type upload struct {
+	number uint32
+	name   string
+	size   int64
+}
+
+// uploadQueue is one log's waiting segments. They go in order, so that a gap in the store means a loss, never a delay.
+type uploadQueue struct {
+	id       string
+	segments []upload
+	failures int
+	after    time.Time // not before
+	busy     bool
+}
+
+// uploader brings sealed segments from the spool to the store.
+type uploader struct {
+	l      *Log
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+	wake   chan struct{} // one look for a worker each; holds uploadWorkers
+
+	mu       sync.Mutex // guards all below
+	queues   map[string]*uploadQueue
+	order    []*uploadQueue // those in queues, the next first
+	waiting  int
+	overflow bool // the spool holds segments that are not in queues
+	closing  bool
+	err      error
+	stored   uint64
+	failed   uint64
+}
+
+func newUploader(l *Log) *uploader {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &uploader{l: l, ctx: ctx, cancel: cancel, wake: make(chan struct{}, uploadWorkers), queues: make(map[string]*uploadQueue)}
+}
+
+func (u *uploader) start() {
+	for range uploadWorkers {
+		u.done.Add(1)
+		go u.work()
+	}
+}
+
+// add queues a segment whose file is durable.
+func (u *uploader) add(id string, s upload) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.overflow || u.waiting >= maxWaiting {
+		u.overflow = true
+		return
+	}
+	u.addLocked(id, s)
+	u.notify()
+}
+
+func (u *uploader) addLocked(id string, s upload) {
+	q := u.queues[id]
+	if q == nil {
+		q = &uploadQueue{id: id}
+		u.queues[id] = q
+		u.order = append(u.order, q)
+	}
+	if n := len(q.segments); n > 0 && s.number <= q.segments[n-1].number {
+		return // a rescan was first
+	}
+	q.segments = append(q.segments, s)
+	u.waiting++
+}
+
+func (u *uploader) notify() {
+	select {
+	case u.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (u *uploader) lastErr() error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.err
+}
+
+func (u *uploader) stats() Stats {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return Stats{Waiting: u.waiting, Stored: u.stored, Failed: u.failed}
+}
+
+// take gives the next queue that is due, marked as busy, or how long to wait for one. finished: nothing is left and
+// nothing comes.
+func (u *uploader) take() (q *uploadQueue, wait time.Duration, finished bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	now := time.Now()
+	wait = backoffMost
+	for i, q := range u.order {
+		if q.busy {
+			continue
+		}
+		if d := q.after.Sub(now); d > 0 {
+			wait = min(wait, d)
+			continue
+		}
+		q.busy = true
+		u.order = append(append(u.order[:i:i], u.order[i+1:]...), q) // the others come first next time
+		return q, 0, false
+	}
+	return nil, wait, u.closing && u.waiting == 0 && !u.overflow
+}
+
+// work is one worker. It ends when the context does, or when all is stored after close.
+func (u *uploader) work() {
+	defer u.done.Done()
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		u.rescan()
+		q, wait, finished := u.take()
+		if finished {
+			u.notify() // for the next worker
+			return
+		}
+		if q == nil {
+			timer.Reset(wait)
+			select {
+			case <-u.wake:
+			case <-timer.C:
+			case <-u.ctx.Done():
+				return
+			}
+			continue
+		}
+		u.mu.Lock()
+		s := q.segments[0]
+		u.mu.Unlock()
+		err := u.put(q.id, s)
+		if u.ctx.Err() != nil && err != nil {
+			return
+		}
+		u.result(q, s, err)
+	}
+}
+
+// put brings one segment to the store and removes it from the spool.
+func (u *uploader) put(id string, s upload) error {
+	ctx, cancel := context.WithTimeout(u.ctx, uploadTimeout)
+	defer cancel()
+	path := filepath.Join(u.l.cfg.Spool, spoolName(id, s.number, sealedSuffix))
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		// Only this uploader removes segments: a rescan found it before it was added, and it is stored.
+		u.l.log.Warn("audit log: segment is not in the spool any more", "segment", s.name)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("upload %s: %w", s.name, err)
+	}
+	defer f.Close()
+	if err := u.l.store.Put(ctx, s.name, f, s.size); err != nil {
+		return fmt.Errorf("upload %s: %w", s.name, err)
+	}
+	// Not synced: a file that comes back after a crash is put again, which is no error.
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("upload %s: %w", s.name, err)
+	}
+	u.l.used.Add(-s.size - fileOverhead)
+	return nil
+}
+
+func (u *uploader) result(q *uploadQueue, s upload, err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	q.busy = false
+	u.err = err
+	if err != nil {
+		u.failed++
+		q.failures++
+		d := min(backoffFirst<<min(q.failures-1, 16), backoffMost)
+		d = d/2 + rand.N(d/2+1) // half of it by chance: sessions shall not all knock at once
+		q.after = time.Now().Add(d)
+		u.l.log.Warn("audit log: segment not stored", "error", err, "retry_in", d, "failures", q.failures)
+	} else {
+		u.stored++
+		u.waiting--
+		q.failures = 0
+		q.segments = q.segments[1:]
+		if len(q.segments) == 0 {
+			delete(u.queues, q.id)
+			for i := len(u.order) - 1; i >= 0; i-- {
+				if u.order[i] == q {
+					u.order = append(u.order[:i], u.order[i+1:]...)
+					break
+				}
+			}
+		}
+	}
+	u.notify()
+}
+
+// rescan looks at the spool again once there is room for the segments that found none.
+func (u *uploader) rescan() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if !u.overflow || u.waiting > maxWaiting/2 {
+		return
+	}
+	files, err := readSpool(u.l.cfg.Spool)
+	if err != nil {
+		u.err = err
+		u.l.log.Error("audit log: spool", "error", err)
+		return
+	}
+	u.overflow = false
+	for _, f := range files {
+		if f.suffix != sealedSuffix {
+			continue
+		}
+		if q := u.queues[f.id]; q != nil && f.number <= q.segments[len(q.segments)-1].number {
+			continue
+		}
+		if u.waiting >= maxWaiting {
+			u.overflow = true
+			return
+		}
+		s, err := f.upload(u.l.cfg.Spool)
+		if err != nil {
+			u.l.log.Error("audit log: spool", "error", err)
+			continue
+		}
+		u.addLocked(f.id, s)
+	}
+	for range uploadWorkers {
+		u.notify()
+	}
+}
+
+// close lets the workers finish what is there until ctx is done.
+func (u *uploader) close(ctx context.Context) {
+	u.mu.Lock()
+	u.closing = true
+	for _, q := range u.queues {
+		q.after = time.Time{} // one more try at once
+	}
+	u.mu.Unlock()
+	for range uploadWorkers {
+		u.notify()
+	}
+	stop := context.AfterFunc(ctx, u.cancel)
+	u.done.Wait()
+	stop()
+	u.cancel()
+}

@@ -1,0 +1,155 @@
+package auditlog
+
+import (
+	"crypto/ed25519"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
+)
+
+// Names in the spool directory: ID.NNNNNNNN and one of these. IDs have no dots.
+const (
+	openSuffix   = ".part" // being written
+	sealedSuffix = ".seg"  // sealed, waits for the store
+)
+
+func spoolName(id string, number uint32, suffix string) string {
+	return fmt.Sprintf("%s.%08d%s", id, number, suffix)
+}
+
+// segmentWriter writes one segment's file. Not safe for concurrent use.
+type segmentWriter struct {
+	dir     string
+	f       *os.File
+	header  Header
+	hash    hash.Hash // over all that was written
+	size    int64
+	records uint64
+	next    uint64 // sequence of the next record
+	buf     [frameHeaderBytes]byte
+}
+
+// createSegment makes a segment's file with its header. The caller syncs file and directory.
+func createSegment(dir string, h Header) (*segmentWriter, error) {
+	b, err := h.encode()
+	if err != nil {
+		return nil, err
+	}
+	// Readable by the group, as the directory store may link the file instead of copying it; the spool's own directory
+	// lets nobody else in.
+	f, err := os.OpenFile(filepath.Join(dir, spoolName(h.ID, h.Number, openSuffix)), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("create segment: %w", err)
+	}
+	w := &segmentWriter{dir: dir, f: f, header: h, hash: sha256.New(), next: h.First}
+	if err := w.write(b); err != nil {
+		return nil, errors.Join(fmt.Errorf("create segment: %w", err), f.Close(), os.Remove(f.Name()))
+	}
+	return w, nil
+}
+
+func (w *segmentWriter) write(b []byte) error {
+	if _, err := w.f.Write(b); err != nil {
+		return err
+	}
+	w.hash.Write(b)
+	w.size += int64(len(b))
+	return nil
+}
+
+func (w *segmentWriter) sync() error { return w.f.Sync() }
+
+// writeFrame adds a frame of records; payload is what they are stored as, decoded the size of what they were.
+func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count int) error {
+	h := frameHeader{kind: frameRecords, codec: codec, stored: uint32(len(payload)), decoded: uint32(decoded),
+		count: uint32(count), first: w.next}
+	if err := w.write(h.append(w.buf[:0], payload)); err != nil {
+		return fmt.Errorf("write frame: %w", err)
+	}
+	if err := w.write(payload); err != nil {
+		return fmt.Errorf("write frame: %w", err)
+	}
+	w.next += uint64(count)
+	w.records += uint64(count)
+	return nil
+}
+
+// finish writes the footer and makes the segment's content durable; rename is next.
+func (w *segmentWriter) finish(key ed25519.PrivateKey, now time.Time, last, interrupted bool) (Hash, error) {
+	f := Footer{Records: w.records, Last: last, Interrupted: interrupted, Time: now}
+	w.hash.Sum(f.Hash[:0])
+	payload, err := f.encode(key)
+	if err != nil {
+		return Hash{}, err
+	}
+	h := frameHeader{kind: frameFooter, stored: uint32(len(payload)), decoded: uint32(len(payload)),
+		count: uint32(w.records), first: w.next}
+	if err := w.write(append(h.append(nil, payload), payload...)); err != nil {
+		return Hash{}, fmt.Errorf("write footer: %w", err)
+	}
+	if err := w.sync(); err != nil {
+		return Hash{}, fmt.Errorf("write footer: %w", err)
+	}
+	var whole Hash
+	w.hash.Sum(whole[:0])
+	return whole, nil
+}
+
+// rename gives a finished segment the name under which the uploader takes it, and closes it. The caller syncs the
+// directory.
+func (w *segmentWriter) rename() error {
+	if err := w.f.Close(); err != nil {
+		return fmt.Errorf("close segment: %w", err)
+	}
+	h := w.header
+	if err := os.Rename(w.f.Name(), filepath.Join(w.dir, spoolName(h.ID, h.Number, sealedSuffix))); err != nil {
+		return fmt.Errorf("seal segment: %w", err)
+	}
+	return nil
+}
+
+// following is the header of the segment after w, whose stored bytes have the hash.
+func (w *segmentWriter) following(whole Hash, now time.Time) Header {
+	h := w.header
+	h.Number++
+	h.Previous = whole
+	h.Start = now
+	h.First = w.next
+	return h
+}
+
+// minCompress is the size below which compressing costs more than it brings.
+const minCompress = 96
+
+// compress gives what a frame's records are stored as. fast says that they came quickly: then s2, at a fifth of zstd's
+// cost or less, unless the configuration names a codec. out is used if it has room.
+func (l *Log) compress(records, out []byte, fast bool) (codec uint8, payload []byte) {
+	switch {
+	case l.cfg.Codec == "none" || len(records) < minCompress:
+		return codecNone, records
+	case l.cfg.Codec == "s2" || l.cfg.Codec == "auto" && fast:
+		if n := s2.MaxEncodedLen(len(records)); cap(out) < n {
+			out = make([]byte, n)
+		}
+		codec, payload = codecS2, s2.Encode(out[:cap(out)], records)
+	default:
+		codec, payload = codecZstd, l.zstd.EncodeAll(records, out[:0])
+	}
+	if len(payload) > len(records)-len(records)/32 {
+		return codecNone, records // does not compress: reading it back shall cost nothing
+	}
+	return codec, payload
+}
+
+// newZstd makes the encoder that all sessions share; it holds at most as many states as there are processors.
+func newZstd() (*zstd.Encoder, error) {
+	return zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithWindowSize(1<<20),
+		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true))
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/file"
+)
+
+const storeEnv = "SALLYPORT_LOG"
+
+// tool is what all commands share.
+type tool struct {
+	store   string
+	output  string
+	keyFile string
+	utc     bool
+}
+
+func newCommand() *cobra.Command {
+	t := &tool{}
+	root := &cobra.Command{
+		Use:   "sallyport-audit",
+		Short: "Read and verify the audit logs of a Sallyport gate",
+		Long: `Read and verify the audit logs of a Sallyport gate.
+
+The logs are found in the directory --store, or in $` + storeEnv + `. A session is named by its ID, by the start of
+it if that is unique, or by "latest".
+
+Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
+		Example: `  sallyport-audit list --store /var/lib/sallyport/log
+  sallyport-audit show latest
+  sallyport-audit verify /mnt/evidence --key gate.pub`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			if t.output != "text" && t.output != "json" {
+				return fmt.Errorf("--output %q: want text or json", t.output)
+			}
+			return nil
+		},
+	}
+	f := root.PersistentFlags()
+	f.StringVar(&t.store, "store", "", "directory of the logs (default $"+storeEnv+")")
+	f.StringVarP(&t.output, "output", "o", "text", "text or json")
+	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
+	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	root.AddCommand(t.listCommand(), t.showCommand(), t.catCommand(), t.verifyCommand(), t.versionCommand())
+	return root
+}
+
+func (t *tool) versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			v := version
+			if info, ok := debug.ReadBuildInfo(); ok && v == "devel" {
+				v = cmp.Or(info.Main.Version, v)
+			}
+			if t.output == "json" {
+				return printJSON(c.OutOrStdout(), map[string]any{"version": v, "format": auditlog.FormatVersion})
+			}
+			_, err := fmt.Fprintf(c.OutOrStdout(), "sallyport-audit %s, reads format %d\n", v, auditlog.FormatVersion)
+			return err
+		},
+	}
+}
+
+// open opens the source, from dir if that is not empty.
+func (t *tool) open(dir string) (*file.Source, error) {
+	dir = cmp.Or(dir, t.store, os.Getenv(storeEnv))
+	switch {
+	case dir == "":
+		return nil, fmt.Errorf("where are the logs? say --store DIR, or set %s", storeEnv)
+	case strings.Contains(dir, "://"):
+		return nil, fmt.Errorf("--store %q: only directories can be read yet", dir)
+	}
+	return file.OpenSource(dir)
+}
+
+func (t *tool) keys() ([]ed25519.PublicKey, error) {
+	if t.keyFile == "" {
+		return nil, nil
+	}
+	return auditlog.LoadPublicKeys(t.keyFile)
+}
+
+// withSession finds the log that id names and calls f with its reader.
+func (t *tool) withSession(ctx context.Context, id string, f func(src auditlog.Source, r *auditlog.SessionReader) error) error {
+	src, err := t.open("")
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	keys, err := t.keys()
+	if err != nil {
+		return err
+	}
+	log, err := find(ctx, src, id)
+	if err != nil {
+		return err
+	}
+	return f(src, auditlog.NewSessionReader(src, log, keys...))
+}
+
+// find finds one log: by ID, by the start of one, or the session that began last. Logs of the gate itself are found by ID.
+func find(ctx context.Context, src auditlog.Source, id string) (auditlog.Stored, error) {
+	latest := id == "latest"
+	if !latest && !auditlog.ValidID(id) {
+		return auditlog.Stored{}, fmt.Errorf("%q is not a session's ID", id)
+	}
+	var matches []auditlog.Stored
+	for log, err := range auditlog.Logs(ctx, src, "") {
+		switch {
+		case err != nil:
+			return auditlog.Stored{}, err
+		case len(log.Segments) == 0:
+		case latest && log.Name.Kind == auditlog.SessionLog:
+			if len(matches) > 0 && log.Name.Day > matches[0].Name.Day {
+				matches = matches[:0] // of an earlier day
+			}
+			matches = append(matches, log)
+		case log.Name.ID == id:
+			return log, nil
+		case !latest && strings.HasPrefix(log.Name.ID, id) && len(matches) < 10:
+			matches = append(matches, log)
+		}
+	}
+	switch {
+	case len(matches) == 0 && latest:
+		return auditlog.Stored{}, errors.New("there is no session")
+	case len(matches) == 0:
+		return auditlog.Stored{}, fmt.Errorf("session %s is not there", id)
+	case len(matches) == 1:
+		return matches[0], nil
+	case latest:
+		return newest(ctx, src, matches)
+	}
+	ids := make([]string, len(matches))
+	for i, m := range matches {
+		ids[i] = m.Name.ID
+	}
+	return auditlog.Stored{}, fmt.Errorf("session %s is not unique: %s", id, strings.Join(ids, ", "))
+}
+
+// newest gives the log that began last.
+func newest(ctx context.Context, src auditlog.Source, logs []auditlog.Stored) (auditlog.Stored, error) {
+	best := -1
+	var bestHeader auditlog.Header
+	for i, log := range logs {
+		h, err := header(ctx, src, log.Segments[0].Name)
+		if err != nil {
+			continue // damaged: verify says so
+		}
+		if best < 0 || h.LogStart.After(bestHeader.LogStart) {
+			best, bestHeader = i, h
+		}
+	}
+	if best < 0 {
+		return auditlog.Stored{}, errors.New("no session of the last day can be read")
+	}
+	return logs[best], nil
+}
+
+func header(ctx context.Context, src auditlog.Source, name string) (auditlog.Header, error) {
+	f, err := src.Open(ctx, name)
+	if err != nil {
+		return auditlog.Header{}, err
+	}
+	defer f.Close()
+	s, err := auditlog.NewSegmentReader(f)
+	if err != nil {
+		return auditlog.Header{}, err
+	}
+	return s.Header(), nil
+}
+
+func printJSON(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(safeJSON(b), '\n'))
+	return err
+}

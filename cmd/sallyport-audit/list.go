@@ -1,0 +1,312 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+// maxListed bounds what a summary keeps of a session.
+const maxListed = 100
+
+// summary is a session in a list.
+type summary struct {
+	ID       string           `json:"id"`
+	User     string           `json:"user,omitempty"`
+	Ticket   string           `json:"ticket,omitempty"`
+	Source   string           `json:"source,omitempty"`
+	Start    time.Time        `json:"start"`
+	End      time.Time        `json:"end"` // time of the last record
+	Seconds  float64          `json:"seconds"`
+	Commands []string         `json:"commands"` // what was asked to run: "shell", commands, subsystems
+	Input    uint64           `json:"input_bytes"`
+	Output   uint64           `json:"output_bytes"`
+	Cause    string           `json:"cause,omitempty"`
+	State    auditlog.State   `json:"state"`
+	Report   *auditlog.Report `json:"report,omitempty"` // of a damaged one
+}
+
+func (t *tool) listCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "list [DIR]", Short: "List the sessions", Args: cobra.MaximumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			dir := ""
+			if len(args) > 0 {
+				dir = args[0]
+			}
+			return t.list(c.Context(), dir, c.OutOrStdout())
+		},
+	}
+}
+
+func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
+	src, err := t.open(dir)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	keys, err := t.keys()
+	if err != nil {
+		return err
+	}
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	if t.output == "text" {
+		fmt.Fprintln(w, "ID\tUSER\tTICKET\tSOURCE\tSTART\tDURATION\tCOMMANDS\tBYTES\tSTATE")
+	}
+	for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix) {
+		if err != nil {
+			return err
+		}
+		if len(log.Segments) == 0 {
+			continue // verify says so
+		}
+		r := auditlog.NewSessionReader(src, log, keys...)
+		s := summarize(ctx, r)
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		if t.output == "json" {
+			if err := printJSON(out, s); err != nil {
+				return err
+			}
+			continue
+		}
+		commands := fmt.Sprint(len(s.Commands))
+		if len(s.Commands) == 1 {
+			commands = short(clean(s.Commands[0]), 40)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, dash(clean(s.User)), dash(clean(s.Ticket)), dash(clean(s.Source)),
+			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), s.State)
+	}
+	return w.Flush()
+}
+
+// summarize reads a session.
+func summarize(ctx context.Context, r *auditlog.SessionReader) summary {
+	s := summary{Commands: []string{}}
+	for rec := range r.Records(ctx) {
+		s.add(rec)
+	}
+	rep := r.Report()
+	s.ID, s.State = rep.ID, rep.State
+	if !rep.Start.IsZero() {
+		s.Start = rep.Start
+	}
+	if s.End.Before(s.Start) {
+		s.End = s.Start
+	}
+	s.Seconds = s.End.Sub(s.Start).Seconds()
+	if rep.State == auditlog.Damaged {
+		s.Report = &rep
+	}
+	return s
+}
+
+func (s *summary) add(rec auditlog.Record) {
+	if s.Start.IsZero() {
+		s.Start = rec.Time
+	}
+	s.End = rec.Time
+	switch b := rec.Body.(type) {
+	case *auditlog.Connect:
+		s.Source = b.Source
+	case *auditlog.Authenticate:
+		if b.Result == "proven" {
+			s.User = b.User
+		}
+	case *auditlog.Decision:
+		if b.User != "" {
+			s.User = b.User
+		}
+		if b.Ticket != "" {
+			s.Ticket = b.Ticket
+		}
+	case *auditlog.Request:
+		if c := commandOf(b); c != "" && b.OK && len(s.Commands) < maxListed {
+			s.Commands = append(s.Commands, c)
+		}
+	case *auditlog.Data:
+		if b.Stream == auditlog.Input {
+			s.Input += uint64(len(b.Data))
+		} else {
+			s.Output += uint64(len(b.Data))
+		}
+	case *auditlog.End:
+		s.Cause = b.Cause
+	}
+}
+
+// commandOf is what a request asks to run, "" if it asks for something else.
+func commandOf(b *auditlog.Request) string {
+	switch b.Type {
+	case "shell":
+		return "shell"
+	case "exec":
+		return string(b.Command)
+	case "subsystem":
+		return "subsystem " + b.Name
+	}
+	return ""
+}
+
+func (t *tool) time(v time.Time) string {
+	if v.IsZero() {
+		return "-"
+	}
+	if t.utc {
+		return v.UTC().Format("2006-01-02 15:04:05Z")
+	}
+	return v.Local().Format("2006-01-02 15:04:05")
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func short(s string, n int) string {
+	if r := []rune(s); len(r) > n {
+		return string(r[:n-1]) + "…"
+	}
+	return s
+}
+
+func size(n uint64) string {
+	switch {
+	case n < 10<<10:
+		return fmt.Sprintf("%d B", n)
+	case n < 10<<20:
+		return fmt.Sprintf("%d KiB", n>>10)
+	case n < 10<<30:
+		return fmt.Sprintf("%d MiB", n>>20)
+	}
+	return fmt.Sprintf("%d GiB", n>>30)
+}
+
+func (t *tool) verifyCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use: "verify [ID | DIR]", Short: "Check chain, hashes, signatures and seal of a session, or of all logs", Args: cobra.MaximumNArgs(1),
+		Long: `Check chain, hashes, signatures and seal of a session, of all logs in a directory, or of all in --store.
+
+With --key, every signature must be by one of the keys in the file. Without, a log is checked against the key that it
+names itself, and said to be unpinned: that shows damage, but not a forger with a key of his own.
+
+A live log is one that has no last segment yet. That its newest segments were taken away can't be seen from it.`,
+		RunE: func(c *cobra.Command, args []string) error {
+			arg := ""
+			if len(args) > 0 {
+				arg = args[0]
+			}
+			return t.verify(c.Context(), arg, c.OutOrStdout())
+		},
+	}
+	return c
+}
+
+func (t *tool) verify(ctx context.Context, arg string, out io.Writer) error {
+	dir := ""
+	if info, err := os.Stat(arg); arg != "" && arg != "latest" && err == nil && info.IsDir() {
+		dir, arg = arg, ""
+	}
+	src, err := t.open(dir)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	keys, err := t.keys()
+	if err != nil {
+		return err
+	}
+	check := func(log auditlog.Stored) (auditlog.Report, error) {
+		r := auditlog.NewSessionReader(src, log, keys...)
+		rep := r.Verify(ctx)
+		if err := context.Cause(ctx); err != nil {
+			return rep, err
+		}
+		return rep, t.printReport(out, rep)
+	}
+	if arg != "" {
+		log, err := find(ctx, src, arg)
+		if err != nil {
+			return err
+		}
+		rep, err := check(log)
+		if err == nil && rep.State == auditlog.Damaged {
+			err = errDamaged
+		}
+		return err
+	}
+	states := make(map[auditlog.State]int)
+	logs, unpinned := 0, false
+	for log, err := range auditlog.Logs(ctx, src, "") {
+		if err != nil {
+			return err
+		}
+		rep, err := check(log)
+		if err != nil {
+			return err
+		}
+		logs++
+		states[rep.State]++
+		unpinned = unpinned || !rep.Pinned
+	}
+	if t.output == "text" {
+		note := ""
+		if unpinned {
+			note = "; keys not pinned: see --key"
+		}
+		fmt.Fprintf(out, "%d logs: %d sealed, %d interrupted, %d live, %d damaged%s\n", logs, states[auditlog.Sealed],
+			states[auditlog.Interrupted], states[auditlog.Live], states[auditlog.Damaged], note)
+	}
+	switch {
+	case states[auditlog.Damaged] > 0:
+		return errDamaged
+	case logs == 0:
+		return fmt.Errorf("there is no log in %s", orStore(dir, t.store))
+	}
+	return nil
+}
+
+func orStore(names ...string) string {
+	for _, n := range append(names, os.Getenv(storeEnv)) {
+		if n != "" {
+			return n
+		}
+	}
+	return "the store"
+}
+
+func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
+	if t.output == "json" {
+		return printJSON(out, rep)
+	}
+	id := rep.ID
+	if id == "" {
+		id = "(no log)"
+	}
+	key := "unpinned"
+	if rep.Pinned {
+		key = "pinned"
+	}
+	for _, k := range rep.Keys {
+		key += " " + k
+	}
+	_, err := fmt.Fprintf(out, "%-11s %s  %d segments, %d records, %s, key %s\n", rep.State, id, rep.Segments, rep.Records,
+		size(uint64(rep.Bytes)), key)
+	for _, p := range rep.Problems {
+		fmt.Fprintf(out, "            %s\n", clean(p.String()))
+	}
+	if rep.More > 0 {
+		fmt.Fprintf(out, "            and %d problems more\n", rep.More)
+	}
+	return err
+}

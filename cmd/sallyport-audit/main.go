@@ -1,0 +1,54 @@
+// Command sallyport-audit reads, checks and shows the audit logs of a Sallyport gate. It trusts neither the gate nor the
+// store, and nothing in a log can control the terminal it prints to.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// version is set by the linker.
+var version = "devel"
+
+// Exit codes, to script on.
+const (
+	exitError   = 1 // also: not found
+	exitDamaged = 2
+)
+
+// errDamaged is returned, after the output that says how, when a log is damaged.
+var errDamaged = errors.New("damaged")
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	os.Exit(exitCode(err, os.Stderr))
+}
+
+func exitCode(err error, stderr io.Writer) int {
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, errDamaged):
+		return exitDamaged
+	case errors.Is(err, context.Canceled), errors.Is(err, syscall.EPIPE):
+		return exitError
+	}
+	fmt.Fprintln(stderr, "sallyport-audit:", clean(err.Error()))
+	return exitError
+}
+
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	c := newCommand()
+	c.SetArgs(args)
+	c.SetIn(stdin)
+	c.SetOut(stdout)
+	c.SetErr(stderr)
+	return c.ExecuteContext(ctx)
+}

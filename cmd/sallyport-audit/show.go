@@ -1,0 +1,371 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+// Bounds of what an account keeps: a log may be larger than memory.
+const (
+	maxShownText     = 64 << 10 // of one stream
+	maxShownChannels = 200
+	maxShownEvents   = 500 // of the connection, and of a channel
+)
+
+// account is what show says of a session.
+type account struct {
+	summary
+	report   auditlog.Report
+	events   []auditlog.Record // of the connection
+	channels []*channel
+	byNumber map[uint32]*channel
+	cut      int // events that found no room
+}
+
+// channel is what show says of a channel.
+type channel struct {
+	number  uint32
+	opened  auditlog.Record
+	events  []auditlog.Record // requests, exit, close
+	cut     int
+	streams [3]shownStream
+	hidden  int
+	pty     bool
+}
+
+type shownStream struct {
+	bytes  uint64
+	text   strings.Builder
+	term   terminalText
+	binary bool
+	cut    bool
+}
+
+func (t *tool) showCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "show ID", Short: "Tell a session in words", Args: cobra.ExactArgs(1),
+		Long: `Tell a session in words: who, from where, with which key, what policy decided, in which sandbox; then each channel with
+what was asked for, what was printed, and how it ended. Output is made safe to print: see cat --raw for the exact bytes.`,
+		RunE: func(c *cobra.Command, args []string) error { return t.show(c.Context(), args[0], c.OutOrStdout()) },
+	}
+}
+
+func (t *tool) show(ctx context.Context, id string, out io.Writer) error {
+	return t.withSession(ctx, id, func(_ auditlog.Source, r *auditlog.SessionReader) error {
+		a := account{byNumber: make(map[uint32]*channel)}
+		for rec := range r.Records(ctx) {
+			a.add(rec)
+		}
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		a.report = r.Report()
+		a.ID, a.State = a.report.ID, a.report.State
+		if a.End.After(a.Start) {
+			a.Seconds = a.End.Sub(a.Start).Seconds()
+		}
+		var err error
+		if t.output == "json" {
+			err = printJSON(out, a.json())
+		} else {
+			w := &textWriter{w: out}
+			t.tell(w, &a)
+			err = w.err
+		}
+		if err == nil && a.State == auditlog.Damaged {
+			err = errDamaged
+		}
+		return err
+	})
+}
+
+func (a *account) add(rec auditlog.Record) {
+	a.summary.add(rec)
+	if rec.Channel == 0 {
+		if len(a.events) < maxShownEvents || rec.Body.Kind() == auditlog.KindEnd {
+			a.events = append(a.events, rec)
+		} else {
+			a.cut++
+		}
+		return
+	}
+	c := a.byNumber[rec.Channel]
+	if c == nil {
+		if len(a.channels) >= maxShownChannels {
+			a.cut++
+			return
+		}
+		c = &channel{number: rec.Channel}
+		a.byNumber[rec.Channel] = c
+		a.channels = append(a.channels, c)
+	}
+	switch b := rec.Body.(type) {
+	case *auditlog.Data:
+		if b.Hidden {
+			c.hidden++
+		}
+		if int(b.Stream) < len(c.streams) {
+			c.streams[b.Stream].add(b.Data)
+		}
+		return
+	case *auditlog.ChannelOpen:
+		c.opened = rec
+		return
+	case *auditlog.Request:
+		c.pty = c.pty || b.Type == "pty-req" && b.OK
+	}
+	if len(c.events) < maxShownEvents || rec.Body.Kind() == auditlog.KindExit {
+		c.events = append(c.events, rec)
+	} else {
+		c.cut++
+	}
+}
+
+func (s *shownStream) add(p []byte) {
+	s.bytes += uint64(len(p))
+	s.binary = s.binary || bytes.IndexByte(p, 0) >= 0
+	if s.binary {
+		s.text.Reset()
+		return
+	}
+	if room := maxShownText - s.text.Len(); room <= 0 {
+		s.cut = s.cut || len(p) > 0
+		return
+	} else if len(p) > room {
+		p, s.cut = p[:room], true
+	}
+	s.text.WriteString(s.term.add(p))
+}
+
+// textWriter keeps the first error.
+type textWriter struct {
+	w   io.Writer
+	err error
+}
+
+func (w *textWriter) line(format string, args ...any) {
+	if w.err == nil {
+		_, w.err = fmt.Fprintf(w.w, format+"\n", args...)
+	}
+}
+
+// field prints a labelled value, if there is one. Values come from a log, so all are cleaned here.
+func (w *textWriter) field(label string, values ...string) {
+	var there []string
+	for _, v := range values {
+		if v != "" {
+			there = append(there, clean(v))
+		}
+	}
+	if len(there) > 0 {
+		w.line("  %-10s %s", clean(label), strings.Join(there, ", ")) // a label can be a request's type
+	}
+}
+
+func labelled(label, v string) string {
+	if v == "" {
+		return ""
+	}
+	return label + " " + v
+}
+
+func (t *tool) tell(w *textWriter, a *account) {
+	w.line("%s %s: %s", map[bool]string{true: "gate log", false: "session"}[a.report.Kind == "gate"], a.ID, a.State)
+	end := "still open"
+	if a.Cause != "" {
+		end = "ended: " + a.Cause
+	}
+	w.field("time", t.time(a.Start)+" to "+t.time(a.End), time.Duration(a.Seconds*float64(time.Second)).Round(time.Millisecond).String(), end)
+	key := "not pinned, see --key"
+	if a.report.Pinned {
+		key = "pinned"
+	}
+	w.field("signed by", strings.Join(a.report.Keys, " ")+" ("+key+")")
+	for _, rec := range a.events {
+		t.tellEvent(w, rec)
+	}
+	for _, c := range a.channels {
+		t.tellChannel(w, c)
+	}
+	if a.cut > 0 {
+		w.line("and %d records more: see cat", a.cut)
+	}
+	for _, p := range a.report.Problems {
+		w.line("damaged: %s", clean(p.String()))
+	}
+	if a.report.More > 0 {
+		w.line("damaged: %d problems more", a.report.More)
+	}
+}
+
+// tellEvent tells what happened to the connection.
+func (t *tool) tellEvent(w *textWriter, rec auditlog.Record) {
+	switch b := rec.Body.(type) {
+	case *auditlog.Connect:
+		w.field("from", b.Source, labelled("to", b.Local), labelled("gate", b.Gate))
+	case *auditlog.Handshake:
+		w.field("client", b.Client, b.Kex, b.CipherIn)
+	case *auditlog.Authenticate:
+		w.field("auth", "user "+b.User, b.Method, b.KeyType, b.Fingerprint, b.Result, b.Reason)
+	case *auditlog.Decision:
+		until := ""
+		if !b.NotAfter.IsZero() {
+			until = "until " + t.time(b.NotAfter)
+		}
+		verdict := "refused"
+		if b.Allow {
+			verdict = "allowed"
+		}
+		w.field("decision", verdict, b.Reason, labelled("user", b.User), labelled("ticket", b.Ticket), labelled("profile", b.Profile), until,
+			b.Why, labelled("approved by", b.Approved), labelled("policy", b.Revision))
+	case *auditlog.Sandbox:
+		took := ""
+		if b.Took > 0 {
+			took = "started in " + b.Took.Round(time.Millisecond).String()
+		}
+		w.field("sandbox", b.Backend, b.ID, labelled("image", b.Image), b.Digest, labelled("on", b.Node), took, labelled("failed:", b.Error))
+	case *auditlog.Request:
+		w.field("request", b.Type, b.Name, answer(b.OK), b.Reason)
+	case *auditlog.Alert:
+		w.field("ALERT", b.Name, b.Detail)
+	case *auditlog.End:
+		w.field("end", b.Cause, b.Detail, t.time(rec.Time))
+	case *auditlog.Refused:
+		w.field("refused", fmt.Sprintf("%d from %s", b.Count, b.Source), b.Client, labelled("users", strings.Join(b.Users, " ")),
+			labelled("keys", strings.Join(b.Fingerprints, " ")), b.Reason, t.time(b.First)+" to "+t.time(b.Last))
+	default:
+		w.field("record", rec.Body.Kind().String())
+	}
+}
+
+func answer(ok bool) string {
+	if ok {
+		return ""
+	}
+	return "refused"
+}
+
+func (t *tool) tellChannel(w *textWriter, c *channel) {
+	w.line("")
+	head := fmt.Sprintf("channel %d", c.number)
+	if b, ok := c.opened.Body.(*auditlog.ChannelOpen); ok {
+		head += " " + clean(b.Type) + " at " + t.time(c.opened.Time)
+		if b.Error != "" {
+			head += " refused: " + clean(b.Error)
+		}
+	}
+	w.line("%s", head)
+	text := true
+	for _, rec := range c.events {
+		switch b := rec.Body.(type) {
+		case *auditlog.Request:
+			switch b.Type {
+			case "exec":
+				w.field("exec", string(b.Command), answer(b.OK), b.Reason)
+			case "subsystem":
+				text = false
+				w.field("subsystem", b.Name, answer(b.OK), b.Reason)
+			case "env":
+				w.field("env", b.Name+"="+b.Value, answer(b.OK), b.Reason)
+			case "pty-req", "window-change":
+				w.field(b.Type, b.Term, fmt.Sprintf("%d columns %d rows", b.Columns, b.Rows), answer(b.OK), b.Reason)
+			default:
+				w.field(b.Type, cmp.Or(b.Name, map[bool]string{true: "accepted"}[b.OK]), answer(b.OK), b.Reason)
+			}
+		case *auditlog.Alert:
+			w.field("ALERT", b.Name, b.Detail)
+		}
+	}
+	if c.cut > 0 {
+		w.line("  and %d records more: see cat", c.cut)
+	}
+	for i, label := range []string{"input", "output", "error"} {
+		s := &c.streams[i]
+		if s.bytes == 0 {
+			continue
+		}
+		note := size(s.bytes)
+		switch {
+		case !text:
+		case s.binary:
+			note += ", binary"
+		case s.cut:
+			note += ", its start:"
+		default:
+			note += ":"
+		}
+		w.line("  %-10s %s", label, note)
+		if text && !s.binary {
+			body := strings.TrimRight(s.text.String()+s.term.end(), "\n")
+			for l := range strings.SplitSeq(body, "\n") {
+				w.line("    | %s", l)
+			}
+		}
+	}
+	if c.hidden > 0 {
+		w.line("  %-10s input while a password was asked for, %d times", "hidden", c.hidden)
+	}
+	for _, rec := range c.events {
+		if b, ok := rec.Body.(*auditlog.Exit); ok {
+			w.field("exit", exitText(b), b.Error)
+		}
+	}
+}
+
+func exitText(b *auditlog.Exit) string {
+	switch {
+	case b.Signal != "":
+		return "by signal " + b.Signal
+	case b.Error != "" && b.Code == 0:
+		return "failed"
+	}
+	return fmt.Sprintf("code %d", b.Code)
+}
+
+// json is the account as JSON.
+func (a *account) json() any {
+	type stream struct {
+		Bytes  uint64 `json:"bytes"`
+		Text   string `json:"text,omitempty"`
+		Binary bool   `json:"binary,omitempty"`
+		Cut    bool   `json:"cut,omitempty"`
+	}
+	type jsonChannel struct {
+		Channel uint32 `json:"channel"`
+		Opened  *line  `json:"opened,omitempty"`
+		Events  []line `json:"events"`
+		Input   stream `json:"input"`
+		Output  stream `json:"output"`
+		Error   stream `json:"error"`
+		Hidden  int    `json:"hidden,omitempty"`
+	}
+	channels := make([]jsonChannel, 0, len(a.channels))
+	for _, c := range a.channels {
+		j := jsonChannel{Channel: c.number, Events: newLines(c.events), Hidden: c.hidden}
+		if c.opened.Body != nil {
+			l := newLine(c.opened)
+			j.Opened = &l
+		}
+		for i, to := range []*stream{&j.Input, &j.Output, &j.Error} {
+			s := &c.streams[i]
+			*to = stream{s.bytes, s.text.String() + s.term.end(), s.binary, s.cut}
+		}
+		channels = append(channels, j)
+	}
+	a.summary.Report = &a.report
+	return struct {
+		summary
+		Events   []line        `json:"events"`
+		Channels []jsonChannel `json:"channels"`
+		Cut      int           `json:"more_records,omitempty"`
+	}{a.summary, newLines(a.events), channels, a.cut}
+}
