@@ -1,0 +1,591 @@
+package sshserver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/time/rate"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/authz"
+	"github.com/sallyport/sallyport/backends"
+)
+
+// What a connection may ask for in a second; more waits its turn.
+const (
+	requestRate  = 100
+	requestBurst = 500
+)
+
+const (
+	tellTime     = time.Second      // for the last words on the terminals
+	closeTimeout = 30 * time.Second // for a sandbox's removal
+	finishTime   = 15 * time.Second // for the connection's goroutines
+	failedGrace  = 2 * time.Second  // for channels to report a failed start
+)
+
+// conn is one connection. Its life:
+//
+//  1. newConn opens a Recorder: in memory until a key is proven.
+//  2. run records the connect, and has x/crypto do the handshake and authentication under the login grace time.
+//  3. offer answers for each key whether a signature is worth asking for; login, called with a proven key, makes the
+//     Recorder a session's, asks policy, and starts the sandbox in the background (auth.go).
+//  4. serve carries global requests and channels; each session channel is a session (session.go).
+//  5. watch waits for what ends a connection: the client leaves, the grant ends or is taken back, a limit is reached,
+//     the sandbox or the log is lost, an operator or the gate's own end. The first cause wins: it cancels ctx.
+//  6. finish tells the terminals, closes the connection, removes the sandbox, waits for the goroutines, and writes the
+//     cause as the log's last record.
+type conn struct {
+	s       *Server
+	id      string
+	nc      net.Conn
+	source  netip.Addr
+	started time.Time
+	rec     *auditlog.Recorder
+	limit   *rate.Limiter // requests and channel opens
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc // with a *cause
+	wg     sync.WaitGroup          // goroutines of this connection
+
+	waiting bool   // not authenticated; guarded by s.mu
+	counted string // user it is counted under; guarded by s.mu
+
+	// Written while authenticating, before any other goroutine of the connection runs.
+	pre       ssh.ServerPreAuthConn
+	login     authz.LoginInput
+	shook     bool   // the handshake is recorded
+	authError *cause // a proven key was refused
+	sc        *ssh.ServerConn
+
+	active atomic.Int64 // time of the last traffic, Unix nanoseconds
+
+	sandboxDone chan struct{} // closed when the start has ended; then sandbox or sandboxErr is set
+	sandbox     backends.Sandbox
+	sandboxErr  error
+
+	mu             sync.Mutex          // guards what follows
+	decision       authz.Login         // the newest one that allowed
+	sandboxID      string              //
+	sessions       map[uint32]*session // open channels
+	channels       uint32              // channels ever opened
+	noMoreSessions bool                // no-more-sessions@openssh.com
+	decided        bool                // decision is set
+}
+
+func newConn(s *Server, nc net.Conn, source netip.Addr) *conn {
+	now := time.Now()
+	c := &conn{
+		s: s, id: newID(now), nc: nc, source: source, started: now, waiting: true,
+		limit: rate.NewLimiter(requestRate, requestBurst), sessions: map[uint32]*session{},
+	}
+	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
+	c.rec = s.Log.New(c.id)
+	return c
+}
+
+// end ends the connection for the cause; the first one counts.
+func (c *conn) end(why *cause) { c.cancel(why) }
+
+// spawn runs f in a goroutine of the connection. A panic ends this connection only.
+func (c *conn) spawn(f func()) {
+	c.wg.Add(1)
+	go func() {
+		defer c.wg.Done()
+		defer c.contain()
+		f()
+	}()
+}
+
+func (c *conn) contain() {
+	if p := recover(); p != nil {
+		c.s.Slog.Error("panic in a connection", "connection", c.id, "panic", p, "stack", string(debug.Stack()))
+		c.s.Metrics.panics.Inc()
+		c.end(&cause{word: "internal-error", text: "internal error", detail: fmt.Errorf("panic: %v", p)})
+	}
+}
+
+func (c *conn) run() {
+	defer c.finish()
+	defer c.contain()
+	c.touch()
+	c.record(0, &auditlog.Connect{
+		Gate: c.s.Gate, Source: c.nc.RemoteAddr().String(), Local: c.nc.LocalAddr().String(), Version: c.s.Version,
+	})
+	// A key exchange that stands still would hold the connection past its end otherwise.
+	stop := context.AfterFunc(c.ctx, func() { c.nc.Close() })
+	c.nc.SetDeadline(time.Now().Add(c.s.Config.LoginGraceTime))
+	sc, channels, requests, err := ssh.NewServerConn(c.nc, c.serverConfig())
+	if err != nil {
+		stop()
+		c.end(c.handshakeCause(err))
+		return
+	}
+	if !stop() {
+		sc.Close()
+		return
+	}
+	c.nc.SetDeadline(time.Time{})
+	c.sc = sc
+	c.s.Metrics.logins.WithLabelValues("accepted").Inc()
+	c.serve(channels, requests)
+	c.watch()
+}
+
+// handshakeCause is why a connection that never became a session ends.
+func (c *conn) handshakeCause(err error) *cause {
+	if c.authError != nil {
+		return c.authError
+	}
+	var auth *ssh.ServerAuthError
+	switch {
+	case errors.As(err, &auth):
+		return &cause{word: "refused", detail: errors.New("no key was proven")}
+	case errors.Is(err, errTimeout(err)):
+		return &cause{word: "refused", detail: errors.New("login grace time is over")}
+	case gone(err):
+		return &cause{word: "client-left", detail: errors.New("before authentication")}
+	}
+	return &cause{word: "protocol-error", detail: errors.New(authz.Printable(err.Error(), 300))}
+}
+
+// errTimeout gives err back when it is a time-out, so that it can stand in errors.Is.
+func errTimeout(err error) error {
+	var ne net.Error
+	if errors.As(err, &ne) && ne.Timeout() {
+		return err
+	}
+	return errors.ErrUnsupported
+}
+
+func gone(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ETIMEDOUT)
+}
+
+// record writes one record. A record that can't be written ends the connection.
+func (c *conn) record(channel uint32, body auditlog.Body) error {
+	err := c.rec.Record(channel, body)
+	if err != nil {
+		c.auditLost(err)
+	}
+	return err
+}
+
+func (c *conn) auditLost(err error) {
+	c.end(&cause{word: "audit-lost", text: "the session can't be recorded any more and ends", detail: err})
+}
+
+func (c *conn) touch() { c.active.Store(time.Now().UnixNano()) }
+
+// serve starts what carries the connection. Everything it starts ends when the connection is closed.
+func (c *conn) serve(channels <-chan ssh.NewChannel, requests <-chan *ssh.Request) {
+	c.spawn(func() { c.globalRequests(requests) })
+	c.spawn(func() { c.newChannels(channels) })
+	c.spawn(c.keepAlive)
+	c.spawn(func() {
+		err := c.sc.Wait()
+		why := &cause{word: "client-left"}
+		if err != nil && !gone(err) && !strings.Contains(err.Error(), "disconnect, reason 11") { // by application
+			why.detail = errors.New(authz.Printable(err.Error(), 300))
+		}
+		c.end(why)
+	})
+	c.spawn(c.announceHostKeys)
+}
+
+// watch returns when the connection has a cause to end.
+func (c *conn) watch() {
+	changed, cancel := c.s.Policy.Subscribe()
+	defer cancel()
+	// A change between the decision and the subscription must not be missed.
+	c.reevaluate()
+
+	deadline := time.NewTimer(time.Hour)
+	defer deadline.Stop()
+	sandboxStarted := c.sandboxDone
+	var sandboxGone <-chan struct{}
+	drain := c.s.drain
+	lost := c.rec.Lost()
+	said := time.Duration(1<<63 - 1) // the smallest remaining time announced
+	for {
+		deadline.Reset(c.timers(&said))
+		select {
+		case <-c.ctx.Done():
+			return
+		case <-changed:
+			c.reevaluate()
+		case <-deadline.C:
+		case <-lost:
+			c.auditLost(c.rec.Err())
+			return
+		case <-drain:
+			drain = nil
+			c.tell(fmt.Sprintf("the gate is shutting down: this session ends in %s", c.s.Config.DrainTime))
+		case <-sandboxStarted:
+			sandboxStarted = nil
+			if c.sandboxErr != nil {
+				c.failed()
+				return
+			}
+			sandboxGone = c.sandbox.Done()
+		case <-sandboxGone:
+			err := c.sandbox.Err()
+			if err == nil {
+				err = backends.ErrGone
+			}
+			c.end(&cause{word: "sandbox-gone", text: "the sandbox has ended", detail: err})
+			return
+		}
+	}
+}
+
+// failed ends the connection for a sandbox that didn't start, after its channels could say so.
+func (c *conn) failed() {
+	timer := time.NewTimer(failedGrace)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-c.ctx.Done(): // the client has read it and left
+	}
+	c.end(&cause{word: "sandbox-failed", detail: c.sandboxErr})
+}
+
+// timers ends the connection when a time limit has passed, announces the ones that are known, and returns when to look
+// again.
+func (c *conn) timers(said *time.Duration) time.Duration {
+	now := time.Now()
+	c.mu.Lock()
+	d := c.decision
+	c.mu.Unlock()
+	next := time.Hour
+	at := func(t time.Time, why *cause, announce bool) {
+		left := t.Sub(now)
+		if left <= 0 {
+			c.end(why)
+			next = 0
+			return
+		}
+		next = min(next, left)
+		if !announce {
+			return
+		}
+		for _, before := range []time.Duration{5 * time.Minute, time.Minute} {
+			if left > before {
+				next = min(next, left-before)
+			} else if *said > before {
+				*said = before
+				c.tell(fmt.Sprintf("this session ends in %s, at %s: %s", left.Round(time.Second), clock(t), why.text))
+			}
+		}
+	}
+	at(d.NotAfter, &cause{word: "expired", text: "the grant " + d.Ticket + " ends"}, true)
+	if m := narrower(c.s.Config.MaxDuration, d.Permit.MaxDuration); m > 0 {
+		at(c.started.Add(m), &cause{word: "max-duration", text: "the longest time allowed for a session is over"}, true)
+	}
+	if m := narrower(c.s.Config.IdleTimeout, d.Permit.IdleTimeout); m > 0 {
+		at(time.Unix(0, c.active.Load()).Add(m), &cause{word: "idle", text: "no traffic for " + m.String()}, false)
+	}
+	return max(next, time.Millisecond)
+}
+
+// narrower is the smaller of the gate's limit and the profile's; 0 is none. A profile's that does not parse was refused
+// with the decision.
+func narrower(gate time.Duration, profile string) time.Duration {
+	p, err := time.ParseDuration(profile)
+	if err != nil || p <= 0 {
+		return gate
+	}
+	if gate <= 0 {
+		return p
+	}
+	return min(gate, p)
+}
+
+func clock(t time.Time) string { return t.UTC().Format("15:04:05 UTC") }
+
+// tell writes a line to every terminal of the connection. It does not wait longer than tellTime for a client that
+// doesn't read.
+func (c *conn) tell(text string) {
+	c.mu.Lock()
+	var to []*session
+	for _, s := range c.sessions {
+		if s.running && s.terminal != nil {
+			to = append(to, s)
+		}
+	}
+	c.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, s := range to {
+		wg.Add(1)
+		c.spawn(func() { defer wg.Done(); s.notice("\r\n*** sallyport: " + text + "\r\n") })
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }() // ends at the latest when the connection is closed
+	timer := time.NewTimer(tellTime)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+	}
+}
+
+// reevaluate asks policy again, as it did at login but for the grant that was given then.
+func (c *conn) reevaluate() {
+	in := c.login
+	c.mu.Lock()
+	old := c.decision
+	c.mu.Unlock()
+	in.Choice = old.Ticket
+	var d authz.Login
+	var err error
+	for range 2 { // one failure may be a machine that is busy
+		if d, err = c.askLogin(c.ctx, in); err == nil {
+			break
+		}
+	}
+	if c.ctx.Err() != nil {
+		return
+	}
+	why := &cause{word: "revoked", text: "the grant " + old.Ticket + " has been taken back"}
+	switch {
+	case err != nil:
+		why.detail, why.text = err, "policy can't be asked any more"
+	case !d.Allow:
+		why.detail = errors.New(d.Reason)
+		if !time.Now().Before(old.NotAfter) {
+			why = &cause{word: "expired", text: "the grant " + old.Ticket + " has ended"}
+		}
+	case d.Profile != old.Profile:
+		why.detail = fmt.Errorf("the grant's profile changed from %s to %s", old.Profile, d.Profile)
+	default:
+		c.mu.Lock()
+		c.decision = d
+		c.mu.Unlock()
+		if d.Revision != old.Revision {
+			c.recordDecision(in, d)
+		}
+		return
+	}
+	if err == nil {
+		c.recordDecision(in, d)
+	}
+	c.end(why)
+}
+
+// keepAlive ends a connection whose client no longer answers.
+func (c *conn) keepAlive() {
+	tick := time.NewTicker(c.s.Config.KeepAliveInterval)
+	defer tick.Stop()
+	answered := make(chan struct{}, 1)
+	missed, asking := 0, false
+	for {
+		select {
+		case <-c.ctx.Done():
+			return
+		case <-answered:
+			missed, asking = 0, false
+		case <-tick.C:
+			if asking {
+				if missed++; missed >= c.s.Config.KeepAliveCount {
+					c.end(&cause{word: "client-left", detail: errors.New("keepalives went unanswered")})
+					return
+				}
+				continue
+			}
+			asking = true
+			c.spawn(func() { // ends with an answer, or with the connection
+				if _, _, err := c.sc.SendRequest("keepalive@openssh.com", true, nil); err == nil {
+					answered <- struct{}{}
+				}
+			})
+		}
+	}
+}
+
+// globalRequests answers the requests that concern the whole connection.
+func (c *conn) globalRequests(requests <-chan *ssh.Request) {
+	for req := range requests {
+		if c.limit.Wait(c.ctx) != nil {
+			return // x/crypto drops what is left when the connection is closed
+		}
+		var ok bool
+		var answer []byte
+		rec := auditlog.Request{Type: authz.Printable(req.Type, 100)}
+		switch req.Type {
+		case "keepalive@openssh.com":
+			// Any answer will do; OpenSSH's own is a failure. Not recorded: it says nothing.
+			req.Reply(false, nil)
+			continue
+		case "no-more-sessions@openssh.com":
+			c.mu.Lock()
+			c.noMoreSessions = true
+			c.mu.Unlock()
+			ok = true
+		case "hostkeys-prove-00@openssh.com":
+			answer, ok = c.proveHostKeys(req.Payload)
+		default:
+			rec.Reason = "not supported"
+			rec.Payload = req.Payload[:min(len(req.Payload), 1024)]
+		}
+		rec.OK = ok
+		if c.record(0, &rec) != nil {
+			return
+		}
+		if req.WantReply {
+			req.Reply(ok, answer)
+		}
+	}
+}
+
+// newChannels opens session channels and refuses all others.
+func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
+	for nc := range channels {
+		if c.limit.Wait(c.ctx) != nil {
+			return
+		}
+		c.mu.Lock()
+		c.channels++
+		id := c.channels
+		open, noMore := len(c.sessions), c.noMoreSessions
+		c.mu.Unlock()
+		rec := auditlog.ChannelOpen{Type: authz.Printable(nc.ChannelType(), 100)}
+		reason := ssh.Prohibited
+		switch {
+		case nc.ChannelType() == "direct-tcpip" || nc.ChannelType() == "direct-streamlocal@openssh.com":
+			rec.Error = "forwarding is not permitted"
+		case nc.ChannelType() != "session":
+			reason, rec.Error = ssh.UnknownChannelType, "unknown channel type"
+		case noMore:
+			rec.Error = "the client said that it opens no more sessions"
+		case open >= c.s.Config.MaxChannels:
+			reason, rec.Error = ssh.ResourceShortage, fmt.Sprintf("%d channels are open, the most allowed", open)
+		}
+		if rec.Error != "" {
+			extra := nc.ExtraData()
+			rec.Extra = extra[:min(len(extra), 1024)]
+		}
+		if c.record(id, &rec) != nil {
+			return
+		}
+		if rec.Error != "" {
+			nc.Reject(reason, rec.Error)
+			continue
+		}
+		ch, reqs, err := nc.Accept()
+		if err != nil {
+			continue // the connection is closed
+		}
+		c.touch()
+		s := newSession(c, id, ch)
+		c.mu.Lock()
+		c.sessions[id] = s
+		c.mu.Unlock()
+		c.spawn(func() { s.serve(reqs) })
+	}
+}
+
+// startSandbox begins the start; sandboxDone tells its end.
+func (c *conn) startSandbox(spec backends.Spec) {
+	c.sandboxDone = make(chan struct{})
+	c.spawn(func() {
+		defer close(c.sandboxDone)
+		c.sandboxErr = errors.New("the start panicked") // stays only if it does
+		ctx, cancel := context.WithTimeout(c.ctx, c.s.Config.StartTimeout)
+		defer cancel()
+		began := time.Now()
+		sb, err := c.s.Backend.Start(ctx, spec)
+		c.s.Metrics.sandboxStart.Observe(time.Since(began).Seconds())
+		rec := auditlog.Sandbox{Image: spec.Template.Image, Took: time.Since(began)}
+		if err != nil {
+			c.sandboxErr = err
+			rec.Error = err.Error()
+			c.s.Metrics.sandboxErrors.Inc()
+			c.s.Slog.Warn("sandbox start", "connection", c.id, "user", c.login.User, "error", err)
+		} else {
+			c.sandbox, c.sandboxErr = sb, nil
+			info := sb.Info()
+			rec.ID, rec.Backend, rec.Digest, rec.Node = sb.ID(), info.Backend, info.Digest, info.Node
+			if info.Spec != nil {
+				if b, err := json.Marshal(info.Spec); err == nil {
+					rec.Spec = string(b)
+				}
+			}
+			c.mu.Lock()
+			c.sandboxID = sb.ID()
+			c.mu.Unlock()
+		}
+		c.record(0, &rec)
+	})
+}
+
+// finish is the one place where a connection ends.
+func (c *conn) finish() {
+	c.end(&cause{word: "client-left"}) // only if there is no cause yet
+	why := endCause(context.Cause(c.ctx))
+	if c.authError != nil { // decided before anything else could end it
+		why = c.authError
+	}
+	if c.sc != nil {
+		if why.text != "" {
+			c.tell("this session ends: " + why.text)
+		}
+		c.sc.Close()
+	}
+	c.nc.Close()
+	if c.sandboxDone != nil {
+		<-c.sandboxDone // Backend.Start ends with its context
+		if c.sandboxErr != nil && why.word == "client-left" {
+			why = &cause{word: "sandbox-failed", detail: c.sandboxErr}
+		}
+		if c.sandbox != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+			if err := c.sandbox.Close(ctx); err != nil {
+				c.s.Slog.Error("sandbox removal", "connection", c.id, "sandbox", c.sandbox.ID(), "error", err)
+			}
+			cancel()
+		}
+	}
+	done := make(chan struct{})
+	go func() { c.wg.Wait(); close(done) }()
+	timer := time.NewTimer(finishTime)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+		// Said, not waited for: a stuck goroutine must not keep the log open.
+		c.s.Slog.Error("a connection's goroutines did not end", "connection", c.id)
+	}
+	end := auditlog.End{Cause: why.word}
+	if why.detail != nil {
+		end.Detail = authz.Printable(why.detail.Error(), 1000)
+	}
+	if err := c.rec.Close(&end); err != nil {
+		c.s.Slog.Error("log's end", "connection", c.id, "error", err)
+	}
+	c.s.Metrics.ended.WithLabelValues(why.word).Inc()
+	c.s.Slog.Info("connection ended", "connection", c.id, "source", c.source.String(),
+		"user", authz.Printable(c.login.User, 64), "cause", why.word, "detail", end.Detail,
+		"took", time.Since(c.started).Round(time.Millisecond).String())
+}
+
+func (c *conn) info() SessionInfo {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return SessionInfo{
+		ID: c.id, User: c.login.User, Source: c.source.String(), Ticket: c.decision.Ticket,
+		Profile: c.decision.Profile, Sandbox: c.sandboxID, Started: c.started, Expires: c.decision.NotAfter,
+	}
+}
