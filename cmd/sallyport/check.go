@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/authz"
+	"github.com/sallyport/sallyport/backends/docker"
+	"github.com/sallyport/sallyport/config"
+	"github.com/sallyport/sallyport/sshserver"
+)
+
+func checkCommand() *cobra.Command {
+	var name string
+	cmd := &cobra.Command{
+		Use: "check", Short: "Check configuration, keys, policy, engine and store: each ok, or what to do", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return check(cmd.Context(), name, cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().StringVar(&name, "config", defaultConfig, "configuration file")
+	return cmd
+}
+
+// check looks at each part as serve would use it, and changes nothing but what serve itself would make.
+func check(ctx context.Context, name string, out io.Writer) error {
+	bad := 0
+	say := func(what string, err error) bool {
+		if err != nil {
+			bad++
+			fmt.Fprintf(out, "%-10s NOT OK: %v\n", what, err)
+			return false
+		}
+		fmt.Fprintf(out, "%-10s ok\n", what)
+		return true
+	}
+	cfg, err := config.Load(name)
+	if !say("config", err) {
+		return errors.New("check failed")
+	}
+	quiet := slog.New(slog.DiscardHandler)
+	stateErr := cfg.MakeState()
+	running := false
+	if stateErr == nil {
+		if unlock, err := lockState(cfg.State); err == nil {
+			unlock()
+		} else {
+			running = true
+		}
+	}
+	say("state", stateErr)
+	_, err = sshserver.LoadHostKeys(cfg.SSH.HostKeys, cfg.SSH.CreateHostKeys)
+	say("host keys", err)
+	policy, err := authz.Open(cfg.Policy, quiet)
+	if err == nil {
+		err = policy.Ready()
+		policy.Close()
+	}
+	say("policy", err)
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	backend, err := docker.New(ctx, cfg.Docker, cfg.Gate, quiet)
+	if err == nil {
+		err = backend.Ready(ctx)
+		backend.Close()
+	}
+	say("docker", err)
+	_, err = logKey(cfg.Audit.Key)
+	say("log key", err)
+	_, err = file.NewStore(cfg.Audit.Store.Directory)
+	say("store", err)
+	if running {
+		fmt.Fprintf(out, "%-10s a gate runs with this state directory\n", "gate")
+	} else {
+		l, err := net.Listen("tcp", cfg.SSH.Listen)
+		if err == nil {
+			l.Close()
+		}
+		say("listen", err)
+	}
+	if bad > 0 {
+		return fmt.Errorf("check: %d not ok", bad)
+	}
+	return nil
+}

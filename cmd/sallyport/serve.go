@@ -1,0 +1,267 @@
+package main
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/authz"
+	"github.com/sallyport/sallyport/backends/docker"
+	"github.com/sallyport/sallyport/config"
+	"github.com/sallyport/sallyport/sshserver"
+)
+
+const defaultConfig = "/etc/sallyport/sallyport.yaml"
+
+// logCloseTime is how long a stopping gate waits for the store to take what is in the spool; the rest goes there after
+// the next start.
+const logCloseTime = 20 * time.Second
+
+func serveCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use: "serve", Short: "Run the gate until SIGTERM", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.Load(file)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), cfg, cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", defaultConfig, "configuration file")
+	return cmd
+}
+
+func logger(cfg config.Logging, w io.Writer) *slog.Logger {
+	var level slog.Level
+	level.UnmarshalText([]byte(cfg.Level)) // validated with the configuration
+	o := &slog.HandlerOptions{Level: level}
+	if cfg.Format == "json" {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
+}
+
+// serve runs a gate until ctx ends, and then drains it.
+func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error) {
+	log := logger(cfg.Logging, stderr)
+	if err := cfg.MakeState(); err != nil {
+		return err
+	}
+	unlock, err := lockState(cfg.State)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	hostKeys, err := sshserver.LoadHostKeys(cfg.SSH.HostKeys, cfg.SSH.CreateHostKeys)
+	if err != nil {
+		return err
+	}
+	policy, err := authz.Open(cfg.Policy, log)
+	if err != nil {
+		return fmt.Errorf("policy: %w", err)
+	}
+	defer policy.Close()
+	instance, err := instanceName(cfg)
+	if err != nil {
+		return err
+	}
+	backend, err := docker.New(ctx, cfg.Docker, instance, log)
+	if err != nil {
+		return fmt.Errorf("docker: %w", err)
+	}
+	defer backend.Close()
+	stopReaper := background(backend.Run)
+	defer stopReaper()
+	audit, err := openLog(ctx, cfg, log)
+	if err != nil {
+		return fmt.Errorf("audit: %w", err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.Background(), logCloseTime)
+		defer cancel()
+		if e := audit.Close(ctx); e != nil {
+			log.Error("log: not all of it has reached the store; the next start goes on with it", "error", e)
+		}
+	}()
+
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	server, err := sshserver.New(sshserver.Options{
+		Config: cfg.SSH, Gate: cfg.Gate, Version: version, HostKeys: hostKeys, Policy: policy, Backend: backend,
+		Log: audit, Slog: log, Metrics: sshserver.NewMetrics(registry),
+	})
+	if err != nil {
+		return err
+	}
+	registry.MustRegister(server)
+
+	var draining atomic.Bool
+	ready := func(ctx context.Context) error {
+		if draining.Load() {
+			return errors.New("draining")
+		}
+		return errors.Join(named("policy", policy.Ready()), named("docker", backend.Ready(ctx)), named("audit", audit.Ready()))
+	}
+	stopMonitor, err := monitor(cfg.Monitor.Listen, registry, ready, log)
+	if err != nil {
+		return err
+	}
+	defer stopMonitor()
+	stopAdmin, err := admin(cfg.Admin.Socket, server, policy, log)
+	if err != nil {
+		return err
+	}
+	defer stopAdmin()
+
+	l, err := net.Listen("tcp", cfg.SSH.Listen)
+	if err != nil {
+		return fmt.Errorf("ssh: %w", err)
+	}
+	log.Info("the gate is open", "address", l.Addr().String(), "gate", cfg.Gate, "version", version, "pid", os.Getpid())
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+		log.Info("draining", "time", cfg.SSH.DrainTime.String())
+	}
+	draining.Store(true)
+	server.Shutdown(context.Background())
+	return err
+}
+
+// background runs f until the function it returns is called.
+func background(f func(context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); f(ctx) }()
+	return func() { cancel(); <-done }
+}
+
+func named(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// lockState sees to it that one gate has a state directory.
+func lockState(dir string) (unlock func(), err error) {
+	name := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, fmt.Errorf("state: another gate uses %s: stop it, or give this one a directory of its own", dir)
+		}
+		return nil, fmt.Errorf("state: lock %s: %w", name, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// instanceName tells this gate's containers from every other gate's on the engine, also from one of the same name: the
+// name and a random number that stays in the state directory.
+func instanceName(cfg config.Config) (string, error) {
+	file := filepath.Join(cfg.State, "instance")
+	b, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		b = []byte(strings.ToLower(rand.Text()[:10]) + "\n")
+		err = os.WriteFile(file, b, 0o600)
+	}
+	if err != nil {
+		return "", fmt.Errorf("state: %w", err)
+	}
+	id := strings.TrimSpace(string(b))
+	if len(id) != 10 {
+		return "", fmt.Errorf("state: %s is damaged: remove it, and this gate's containers (docker ps -a --filter label=sallyport.server)", file)
+	}
+	return cfg.Gate + "-" + id, nil
+}
+
+func openLog(ctx context.Context, cfg config.Config, log *slog.Logger) (*auditlog.Log, error) {
+	key, err := logKey(cfg.Audit.Key)
+	if err != nil {
+		return nil, err
+	}
+	store, err := file.NewStore(cfg.Audit.Store.Directory)
+	if err != nil {
+		return nil, err
+	}
+	return auditlog.Open(ctx, cfg.Audit.Config, key, store, cfg.Gate, log)
+}
+
+// logKey loads the key that signs the log, and makes it at the first start.
+func logKey(name string) (ed25519.PrivateKey, error) {
+	key, err := auditlog.LoadKey(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return auditlog.CreateKey(name)
+	}
+	return key, err
+}
+
+// monitor serves health and metrics on a listener of its own.
+func monitor(addr string, registry *prometheus.Registry, ready func(context.Context) error, log *slog.Logger) (stop func(), err error) {
+	if addr == "" {
+		return func() {}, nil
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("monitor: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
+		defer cancel()
+		if err := ready(ctx); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		io.WriteString(w, "ok\n")
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	return serveHTTP(l, mux, log, "monitor"), nil
+}
+
+// serveHTTP serves until the function it returns is called.
+func serveHTTP(l net.Listener, h http.Handler, log *slog.Logger, name string) (stop func()) {
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute,
+		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			log.Error(name, "error", err)
+		}
+	}()
+	return func() { srv.Close(); <-done }
+}

@@ -1,0 +1,226 @@
+// Package config reads the gate's one YAML file. Each package has its own part; this one composes them, reads strictly,
+// and fills in what follows from the state directory.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/authz"
+	"github.com/sallyport/sallyport/backends/docker"
+	"github.com/sallyport/sallyport/sshserver"
+)
+
+// maxFile bounds the configuration file, in bytes.
+const maxFile = 1 << 20
+
+// Config is the whole file.
+type Config struct {
+	// Gate is this gate's name in records and on its sandboxes. Empty: the host's name.
+	Gate string `yaml:"gate"`
+	// State is the directory of all the gate keeps: host keys, log key, spool, the agent's copies. One gate has it.
+	State string `yaml:"state"`
+	// SSH is the gate itself.
+	SSH sshserver.Config `yaml:"ssh"`
+	// Policy is where users, profiles, grants and rules lie.
+	Policy authz.Config `yaml:"policy"`
+	// Audit is the log.
+	Audit Audit `yaml:"audit"`
+	// Docker is the engine that runs the sandboxes, and its limits.
+	Docker docker.Config `yaml:"docker"`
+	// Monitor serves health and metrics.
+	Monitor Monitor `yaml:"monitor"`
+	// Admin is the socket of the session and grant commands.
+	Admin Admin `yaml:"admin"`
+	// Logging is the gate's own log to standard error.
+	Logging Logging `yaml:"logging"`
+}
+
+// Audit is the log's part.
+type Audit struct {
+	auditlog.Config `yaml:",inline"`
+	// Key is the file of the Ed25519 key that signs the log; made at the first start. Empty: log.key in the state directory.
+	Key string `yaml:"key"`
+	// Store is where sealed segments go.
+	Store Store `yaml:"store"`
+}
+
+// Store is exactly one of its fields.
+type Store struct {
+	// Directory is a directory on this machine. Empty, and no other store: log in the state directory.
+	Directory string `yaml:"directory"`
+}
+
+// Monitor is the listener of /healthz, /readyz and /metrics.
+type Monitor struct {
+	// Listen is a TCP address; empty: none.
+	Listen string `yaml:"listen"`
+}
+
+// Admin is the operator's socket.
+type Admin struct {
+	// Socket is a unix socket with mode 0600. Empty: admin.sock in the state directory.
+	Socket string `yaml:"socket"`
+}
+
+// Logging is the gate's own log.
+type Logging struct {
+	// Format is text or json.
+	Format string `yaml:"format"`
+	// Level is debug, info, warn or error.
+	Level string `yaml:"level"`
+}
+
+// Default is the configuration of an empty file.
+func Default() Config {
+	return Config{
+		State:   "/var/lib/sallyport",
+		SSH:     sshserver.DefaultConfig(),
+		Audit:   Audit{Config: auditlog.Config{}.WithDefaults()},
+		Monitor: Monitor{Listen: "127.0.0.1:9222"},
+		Logging: Logging{Format: "text", Level: "info"},
+	}
+}
+
+// Load reads a file. Relative paths in it are relative to its directory. Errors name line and column where they can.
+func Load(file string) (Config, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return Config{}, fmt.Errorf("config: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return Config{}, fmt.Errorf("config %s: %w", file, err)
+	}
+	dir, err := filepath.Abs(filepath.Dir(file))
+	if err != nil {
+		return Config{}, fmt.Errorf("config %s: %w", file, err)
+	}
+	c, err := Parse(b, dir)
+	if err != nil {
+		return Config{}, fmt.Errorf("config %s: %w", file, err)
+	}
+	return c, nil
+}
+
+var gateName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$`)
+
+// Parse reads a configuration whose relative paths are relative to dir.
+func Parse(b []byte, dir string) (Config, error) {
+	c := Default()
+	if len(b) > maxFile {
+		return c, errors.New("larger than 1 MiB")
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict())
+	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return c, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
+	}
+	if c.Gate == "" {
+		h, err := os.Hostname()
+		if err != nil {
+			return c, fmt.Errorf("gate: no name given, and %w", err)
+		}
+		c.Gate = strings.ReplaceAll(h, ".", "-")
+	}
+	if !gateName.MatchString(c.Gate) {
+		return c, fmt.Errorf("gate: %q: write letters, digits, dash and underscore, at most 63", c.Gate)
+	}
+	if c.State == "" {
+		return c, errors.New("state: a directory is needed")
+	}
+	if c.Policy.Data == "" {
+		return c, errors.New("policy.data: the directory of users, profiles and grants is needed")
+	}
+	abs := func(p *string, def string) {
+		if *p == "" {
+			*p = def
+		}
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	abs(&c.State, "")
+	in := func(name string) string { return filepath.Join(c.State, name) }
+	if len(c.SSH.HostKeys) == 0 {
+		for _, n := range sshserver.HostKeyNames {
+			c.SSH.HostKeys = append(c.SSH.HostKeys, in(n))
+		}
+	}
+	for i := range c.SSH.HostKeys {
+		abs(&c.SSH.HostKeys[i], "")
+	}
+	abs(&c.Policy.Data, "")
+	abs(&c.Policy.Policy, "")
+	abs(&c.Audit.Key, in("log.key"))
+	abs(&c.Audit.Spool, in("spool"))
+	abs(&c.Audit.Store.Directory, in("log"))
+	abs(&c.Admin.Socket, in("admin.sock"))
+	abs(&c.Docker.StateDir, in("docker"))
+	if c.Docker.Agent == "" {
+		// The agent's file lies beside the gate's.
+		if exe, err := os.Executable(); err == nil {
+			c.Docker.Agent = filepath.Join(filepath.Dir(exe), "sallyport-agent")
+		}
+	}
+	abs(&c.Docker.Agent, "")
+	for i := range c.Docker.BindPrefixes {
+		abs(&c.Docker.BindPrefixes[i], "")
+	}
+	// What a sandbox may never see, whatever policy and prefixes say.
+	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.State, c.Policy.Data, c.Audit.Key, c.Audit.Spool,
+		c.Audit.Store.Directory, c.Admin.Socket)
+	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.SSH.HostKeys...)
+	if c.Policy.Policy != "" {
+		c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.Policy.Policy)
+	}
+	return c, c.validate()
+}
+
+func (c Config) validate() error {
+	if err := c.SSH.Validate(); err != nil {
+		return err
+	}
+	if c.Monitor.Listen != "" {
+		if _, _, err := net.SplitHostPort(c.Monitor.Listen); err != nil {
+			return fmt.Errorf("monitor.listen: %q is no address: write host:port, or \"\" for none", c.Monitor.Listen)
+		}
+	}
+	switch c.Logging.Format {
+	case "text", "json":
+	default:
+		return fmt.Errorf("logging.format: %q is none of text, json", c.Logging.Format)
+	}
+	switch c.Logging.Level {
+	case "debug", "info", "warn", "error":
+	default:
+		return fmt.Errorf("logging.level: %q is none of debug, info, warn, error", c.Logging.Level)
+	}
+	return nil
+}
+
+// MakeState makes the state directory, readable by its owner alone.
+func (c Config) MakeState() error {
+	if err := os.MkdirAll(c.State, 0o700); err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	st, err := os.Stat(c.State)
+	if err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	if st.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("state: %s has mode %04o, so others can write it: %w", c.State, st.Mode().Perm(), fs.ErrPermission)
+	}
+	return nil
+}
