@@ -52,6 +52,9 @@ type Audit struct {
 	auditlog.Config `yaml:",inline"`
 	// Key is the file of the Ed25519 key that signs the log; made at the first start. Empty: log.key in the state directory.
 	Key string `yaml:"key"`
+	// Data is all, or none: then what sessions pass is not recorded, only what was asked for and how it ended, and every
+	// session's log says so.
+	Data string `yaml:"data"`
 	// Store is where sealed segments go.
 	Store Store `yaml:"store"`
 }
@@ -87,7 +90,7 @@ func Default() Config {
 	return Config{
 		State:   "/var/lib/sallyport",
 		SSH:     sshserver.DefaultConfig(),
-		Audit:   Audit{Config: auditlog.Config{}.WithDefaults()},
+		Audit:   Audit{Config: auditlog.Config{}.WithDefaults(), Data: "all"},
 		Monitor: Monitor{Listen: "127.0.0.1:9222"},
 		Logging: Logging{Format: "text", Level: "info"},
 	}
@@ -196,6 +199,11 @@ func (c Config) validate() error {
 		if _, _, err := net.SplitHostPort(c.Monitor.Listen); err != nil {
 			return fmt.Errorf("monitor.listen: %q is no address: write host:port, or \"\" for none", c.Monitor.Listen)
 		}
+	}
+	switch c.Audit.Data {
+	case "all", "none":
+	default:
+		return fmt.Errorf("audit.data: %q is none of all, none", c.Audit.Data)
 	}
 	switch c.Logging.Format {
 	case "text", "json":

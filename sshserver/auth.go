@@ -191,6 +191,9 @@ func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions,
 	c.mu.Lock()
 	c.decision, c.decided = d, true
 	c.mu.Unlock()
+	if c.s.NoData {
+		c.record(0, &auditlog.Alert{Name: "data-not-recorded", Detail: "by this gate's configuration (audit.data: none)"})
+	}
 	c.startSandbox(spec)
 	return p, nil
 }

@@ -175,6 +175,22 @@ func gone(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ETIMEDOUT)
 }
 
+// tap gives a writer that records what goes to w, first.
+func (c *conn) tap(channel uint32, stream auditlog.Stream, w io.Writer) io.Writer {
+	if c.s.NoData {
+		return w
+	}
+	return c.rec.Tap(channel, stream, w)
+}
+
+// recordInput records what a client sent.
+func (c *conn) recordInput(channel uint32, data *auditlog.Data) error {
+	if c.s.NoData {
+		return nil
+	}
+	return c.record(channel, data)
+}
+
 // record writes one record. A record that can't be written ends the connection.
 func (c *conn) record(channel uint32, body auditlog.Body) error {
 	err := c.rec.Record(channel, body)

@@ -124,6 +124,7 @@ type Options struct {
 	Policy   Policy
 	Backend  backends.Backend
 	Log      *auditlog.Log
+	NoData   bool // what sessions pass is not recorded; every session's log says so
 	Slog     *slog.Logger
 	Metrics  *Metrics // nil: none are kept
 }

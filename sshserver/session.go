@@ -259,7 +259,7 @@ func (s *session) run(p backends.Process) {
 	p.Channel, p.Resize, p.Signals = s.id, s.resize, s.signals
 	p.Env = append(s.variables(), s.env...)
 	out := &outlet{s: s, stream: auditlog.Output, n: &s.out}
-	out.w = s.c.rec.Tap(s.id, auditlog.Output, s.ch)
+	out.w = s.c.tap(s.id, auditlog.Output, s.ch)
 	p.Stdout = out
 	if s.terminal != nil {
 		p.Terminal = s.terminal
@@ -274,7 +274,7 @@ func (s *session) run(p backends.Process) {
 		}
 	} else {
 		e := &outlet{s: s, stream: auditlog.Error, n: &s.err}
-		e.w = s.c.rec.Tap(s.id, auditlog.Error, s.ch.Stderr())
+		e.w = s.c.tap(s.id, auditlog.Error, s.ch.Stderr())
 		p.Stderr = e
 		p.Stdin = &inlet{s: s}
 	}
@@ -387,7 +387,7 @@ func (s *session) exit(e auditlog.Exit) {
 func (s *session) notice(text string) {
 	var w io.Writer = s.screen
 	if s.screen == nil {
-		w = s.c.rec.Tap(s.id, auditlog.Output, s.ch)
+		w = s.c.tap(s.id, auditlog.Output, s.ch)
 	}
 	io.WriteString(w, text)
 }
@@ -442,13 +442,13 @@ func (i *inlet) Read(p []byte) (int, error) {
 	}
 	if n > 0 {
 		i.s.c.touch()
-		if lost := i.s.c.record(i.s.id, &auditlog.Data{Stream: auditlog.Input, Data: p[:n]}); lost != nil {
+		if lost := i.s.c.recordInput(i.s.id, &auditlog.Data{Stream: auditlog.Input, Data: p[:n]}); lost != nil {
 			return 0, lost
 		}
 		i.s.in.Add(uint64(n))
 	}
 	if errors.Is(err, io.EOF) {
-		i.s.c.record(i.s.id, &auditlog.Data{Stream: auditlog.Input, EOF: true})
+		i.s.c.recordInput(i.s.id, &auditlog.Data{Stream: auditlog.Input, EOF: true})
 	}
 	return n, err
 }
@@ -467,12 +467,12 @@ func (s *session) typed(out *outlet) (io.Reader, func(int, backends.TerminalStat
 	case inputAll:
 		return &inlet{s: s}, nil, func() {}
 	case inputNone:
-		s.c.record(s.id, &auditlog.Data{Stream: auditlog.Input, Hidden: true})
+		s.c.recordInput(s.id, &auditlog.Data{Stream: auditlog.Input, Hidden: true})
 		return touched, nil, func() {}
 	}
 	out.line = &lastLine{}
 	t := newTyped(touched, out.line, func(data []byte, hidden bool) {
-		s.c.record(s.id, &auditlog.Data{Stream: auditlog.Input, Data: data, Hidden: hidden})
+		s.c.recordInput(s.id, &auditlog.Data{Stream: auditlog.Input, Data: data, Hidden: hidden})
 		s.in.Add(uint64(len(data)))
 	})
 	return t, t.wrote, t.close

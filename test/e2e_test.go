@@ -514,6 +514,9 @@ func cmdUntil(ts *testscript.TestScript, neg bool, args []string) {
 	if args[0] == "refused" { // refused PATTERN: ssh fails, and says what matches
 		args = []string{"sh", "-c", "! ssh -F ssh_config gate true 2>refusal && grep -E -- \"$1\" refusal", "sh", args[1]}
 	}
+	if args[0] == "ssh-key" { // ssh-key FILE: logs in with this key
+		args = []string{"ssh", "-F", "ssh_config", "-o", "IdentityAgent=none", "-o", "IdentityFile=none", "-i", args[1], "gate", "echo ok"}
+	}
 	var last error
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		if last = ts.Exec(args[0], args[1:]...); (last == nil) != neg {

@@ -54,22 +54,9 @@ func admin(socket string, server *sshserver.Server, policy *authz.Engine, log *s
 		}
 		log.Info("session ended by an operator", "session", r.PathValue("id"), "reason", authz.Printable(body.Reason, 200))
 	})
-	mux.HandleFunc("GET /policy", func(w http.ResponseWriter, _ *http.Request) {
-		st := policyState{Revision: policy.Revision()}
-		if err := policy.Ready(); err != nil {
-			st.Error = err.Error()
-		}
-		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(st)
-	})
+	mux.HandleFunc("GET /policy/holds", holdsHandler(policy))
 	stopHTTP := serveHTTP(l, mux, log, "admin")
 	return func() { stopHTTP(); os.Remove(socket) }, nil
-}
-
-// policyState is what the gate has taken of policy and data.
-type policyState struct {
-	Revision string `json:"revision"`
-	Error    string `json:"error,omitempty"` // what of it is broken, and therefore not taken
 }
 
 // adminClient speaks to a gate's admin socket.

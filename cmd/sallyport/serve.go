@@ -111,7 +111,7 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	server, err := sshserver.New(sshserver.Options{
 		Config: cfg.SSH, Gate: cfg.Gate, Version: version, HostKeys: hostKeys, Policy: policy, Backend: backend,
-		Log: audit, Slog: log, Metrics: sshserver.NewMetrics(registry),
+		Log: audit, NoData: cfg.Audit.Data == "none", Slog: log, Metrics: sshserver.NewMetrics(registry),
 	})
 	if err != nil {
 		return err
