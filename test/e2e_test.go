@@ -28,6 +28,22 @@ var binaries string
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
+// build compiles our commands into dir.
+func build(dir string, race bool) error {
+	for _, name := range []string{"sallyport", "sallyport-audit", "sallyport-agent"} {
+		args, env := []string{"build", "-o", filepath.Join(dir, name)}, "CGO_ENABLED=0"
+		if race && name != "sallyport-agent" {
+			args, env = append(args, "-race"), "CGO_ENABLED=1"
+		}
+		cmd := exec.Command("go", append(args, "github.com/sallyport/sallyport/cmd/"+name)...)
+		cmd.Env = append(os.Environ(), env)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("build %s: %w\n%s", name, err, out)
+		}
+	}
+	return nil
+}
+
 func run(m *testing.M) int {
 	if err := exec.Command("docker", "version").Run(); err != nil {
 		if os.Getenv("SALLYPORT_REQUIRE_DOCKER") != "" {
@@ -45,22 +61,9 @@ func run(m *testing.M) int {
 	defer os.RemoveAll(dir)
 	binaries = dir
 	if !noEngine {
-		for _, b := range []struct {
-			name string
-			args []string
-			env  string
-		}{
-			{"sallyport", []string{"-race"}, "CGO_ENABLED=1"},
-			{"sallyport-audit", []string{"-race"}, "CGO_ENABLED=1"},
-			{"sallyport-agent", nil, "CGO_ENABLED=0"},
-		} {
-			args := append([]string{"build", "-o", filepath.Join(dir, b.name)}, b.args...)
-			cmd := exec.Command("go", append(args, "github.com/sallyport/sallyport/cmd/"+b.name)...)
-			cmd.Env = append(os.Environ(), b.env)
-			if out, err := cmd.CombinedOutput(); err != nil {
-				fmt.Fprintf(os.Stderr, "test: build %s: %v\n%s", b.name, err, out)
-				return 1
-			}
+		if err := build(dir, true); err != nil {
+			fmt.Fprintln(os.Stderr, "test:", err)
+			return 1
 		}
 	}
 	return m.Run()
@@ -99,62 +102,78 @@ func TestScripts(t *testing.T) {
 }
 
 type state struct {
-	port   int
-	name   string // the gate's, unique in this run
-	dir    string
-	gate   *exec.Cmd
-	gone   chan struct{}
-	before map[string]bool // containers there were before
-	jobs   map[string]*exec.Cmd
+	port int
+	name string // the gate's, unique in this run
+	dir  string
+	gate *exec.Cmd
+	gone chan struct{}
+	bin  string // directory of the binaries
+	jobs map[string]*exec.Cmd
 }
 
 type stateKey struct{}
 
 func setUp(env *testscript.Env) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	s, err := newState(env.WorkDir)
 	if err != nil {
 		return err
 	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	s := &state{port: port, dir: env.WorkDir, name: "e2e-" + strconv.Itoa(os.Getpid()) + "-" + strconv.Itoa(port), jobs: map[string]*exec.Cmd{}}
 	env.Values[stateKey{}] = s
-	if s.before, err = containers(); err != nil {
-		return err
-	}
 	env.Setenv("PATH", binaries+string(os.PathListSeparator)+os.Getenv("PATH"))
-	env.Setenv("PORT", strconv.Itoa(port))
+	env.Setenv("PORT", strconv.Itoa(s.port))
 	env.Setenv("STORE", filepath.Join(env.WorkDir, "log"))
 	env.Setenv("SALLYPORT_LOG", filepath.Join(env.WorkDir, "log"))
 	env.Setenv("DATA", filepath.Join(env.WorkDir, "data"))
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("IMAGE", image())
 	env.Setenv("TERM", "xterm")
-	for _, dir := range []string{"data/users", "data/profiles", "data/grants", "log", "production"} {
-		if err := os.MkdirAll(filepath.Join(env.WorkDir, dir), 0o755); err != nil {
-			return err
+	env.Defer(func() {
+		for _, j := range s.jobs {
+			j.Process.Kill()
+			j.Wait()
+		}
+		if err := s.end(); err != nil {
+			env.T().Log(err)
+			env.T().FailNow()
+		}
+	})
+	return nil
+}
+
+// newState makes a directory with keys, data and configuration of a gate of its own.
+func newState(dir string) (*state, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	s := &state{port: port, dir: dir, name: fmt.Sprintf("e2e-%d-%d", os.Getpid(), port), bin: binaries, jobs: map[string]*exec.Cmd{}}
+	for _, sub := range []string{"data/users", "data/profiles", "data/grants", "log", "production"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			return nil, err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(env.WorkDir, "production", "app.log"), []byte("order 4711 refused\n"), 0o644); err != nil {
-		return err
+	if err := os.WriteFile(filepath.Join(dir, "production", "app.log"), []byte("order 4711 refused\n"), 0o644); err != nil {
+		return nil, err
 	}
 	for _, key := range []string{"alice", "mallory", "host"} {
-		cmd := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", filepath.Join(env.WorkDir, key+".key"))
+		cmd := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", filepath.Join(dir, key+".key"))
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("ssh-keygen: %w: %s", err, out)
+			return nil, fmt.Errorf("ssh-keygen: %w: %s", err, out)
 		}
 	}
 	pub := func(name string) string {
-		b, err := os.ReadFile(filepath.Join(env.WorkDir, name+".key.pub"))
+		b, err := os.ReadFile(filepath.Join(dir, name+".key.pub"))
 		if err != nil {
 			return ""
 		}
 		return strings.TrimSpace(string(b))
 	}
 	write := func(name, text string) error {
-		return os.WriteFile(filepath.Join(env.WorkDir, name), []byte(text), 0o600)
+		return os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600)
 	}
-	if err := errors.Join(
+	return s, errors.Join(
 		write("known_hosts", fmt.Sprintf("[127.0.0.1]:%d %s\n", port, pub("host"))),
 		write("gate.yaml", fmt.Sprintf(`gate: %s
 state: state
@@ -172,30 +191,26 @@ docker:
 monitor:
   listen: ""
 `, s.name, port)),
-		writeJSON(filepath.Join(env.WorkDir, "data/users/alice.json"), map[string]any{"keys": []string{pub("alice")}}),
-		writeJSON(filepath.Join(env.WorkDir, "data/users/mallory.json"), map[string]any{"keys": []string{pub("mallory")}}),
-		writeJSON(filepath.Join(env.WorkDir, "data/profiles/debug.json"), map[string]any{
+		writeJSON(filepath.Join(dir, "data/users/alice.json"), map[string]any{"keys": []string{pub("alice")}}),
+		writeJSON(filepath.Join(dir, "data/users/mallory.json"), map[string]any{"keys": []string{pub("mallory")}}),
+		writeJSON(filepath.Join(dir, "data/profiles/debug.json"), map[string]any{
 			"image": image(), "memory": "4Gi", "pids": 512,
-			"mounts": []any{map[string]any{"source": filepath.Join(env.WorkDir, "production"), "target": "/production"}},
+			"mounts": []any{map[string]any{"source": filepath.Join(dir, "production"), "target": "/production"}},
 			"permit": map[string]any{"shell": true, "exec": true, "sftp": true, "env": []string{"LANG", "LC_*", "GIT_PROTOCOL"}},
 		}),
 		s.grant("alice", "OPS-1", "debug", -time.Minute, time.Hour),
 		s.sshConfig("alice"),
-	); err != nil {
-		return err
+	)
+}
+
+// end stops the gate and says what it has left.
+func (s *state) end() error {
+	err := s.stop(syscall.SIGTERM)
+	left, lerr := s.left()
+	if len(left) > 0 {
+		lerr = errors.Join(lerr, fmt.Errorf("containers left behind: %v", left))
 	}
-	env.Defer(func() {
-		for _, j := range s.jobs {
-			j.Process.Kill()
-			j.Wait()
-		}
-		s.stop(syscall.SIGTERM)
-		if left, err := s.left(); err != nil || len(left) > 0 {
-			env.T().Log("containers left behind", left, err)
-			env.T().FailNow()
-		}
-	})
-	return nil
+	return errors.Join(err, lerr)
 }
 
 func writeJSON(name string, v any) error {
@@ -248,7 +263,7 @@ func (s *state) start(config string) error {
 		return err
 	}
 	defer f.Close()
-	cmd := exec.Command(filepath.Join(binaries, "sallyport"), "serve", "--config", filepath.Join(s.dir, config))
+	cmd := exec.Command(filepath.Join(s.bin, "sallyport"), "serve", "--config", filepath.Join(s.dir, config))
 	cmd.Stderr = f
 	cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1")
 	if err := cmd.Start(); err != nil {
@@ -291,19 +306,6 @@ func (s *state) stop(sig syscall.Signal) error {
 		return fmt.Errorf("the gate ended with %v:\n%s", st, b)
 	}
 	return nil
-}
-
-// containers are all containers of the engine, ours or not.
-func containers() (map[string]bool, error) {
-	out, err := exec.Command("docker", "ps", "-aq", "--no-trunc").Output()
-	if err != nil {
-		return nil, fmt.Errorf("docker ps: %w", err)
-	}
-	m := map[string]bool{}
-	for _, id := range strings.Fields(string(out)) {
-		m[id] = true
-	}
-	return m, nil
 }
 
 // server is what the gate's containers are labelled with.
@@ -392,7 +394,7 @@ func cmdSSHConfig(ts *testscript.TestScript, neg bool, args []string) {
 func (s *state) audit(args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, filepath.Join(binaries, "sallyport-audit"), append([]string{"--store", filepath.Join(s.dir, "log")}, args...)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, "sallyport-audit"), append([]string{"--store", filepath.Join(s.dir, "log")}, args...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -568,4 +570,15 @@ func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
 	case <-time.After(60 * time.Second):
 		ts.Fatalf("signal: %s did not end", args[0])
 	}
+}
+
+// freePort is a TCP port on loopback that was free a moment ago.
+func freePort(t *testing.T) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
 }
