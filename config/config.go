@@ -90,6 +90,7 @@ func Default() Config {
 	return Config{
 		State:   "/var/lib/sallyport",
 		SSH:     sshserver.DefaultConfig(),
+		Docker:  docker.Config{}.WithDefaults(),
 		Audit:   Audit{Config: auditlog.Config{}.WithDefaults(), Data: "all"},
 		Monitor: Monitor{Listen: "127.0.0.1:9222"},
 		Logging: Logging{Format: "text", Level: "info"},
@@ -127,8 +128,11 @@ func Parse(b []byte, dir string) (Config, error) {
 		return c, errors.New("larger than 1 MiB")
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict())
-	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return c, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
+	switch err := dec.Decode(&c); {
+	case errors.Is(err, io.EOF): // nothing in it; the decoder has cleared c
+		c = Default()
+	case err != nil:
+		return c, fmt.Errorf("%s%s", strings.TrimSpace(yaml.FormatError(err, false, true)), sizePlace(b))
 	}
 	if c.Gate == "" {
 		h, err := os.Hostname()
@@ -189,6 +193,24 @@ func Parse(b []byte, dir string) (Config, error) {
 		c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.Policy.Policy)
 	}
 	return c, c.validate()
+}
+
+// sizePlace is the place of a size that does not parse: the decoder gives none for types with a text form of their own.
+func sizePlace(b []byte) string {
+	for _, at := range []string{"$.docker.memory", "$.docker.max_memory"} {
+		path, err := yaml.PathString(at)
+		if err != nil {
+			continue
+		}
+		var text string
+		if path.Read(bytes.NewReader(b), &text) != nil || new(docker.Size).UnmarshalText([]byte(text)) == nil {
+			continue
+		}
+		if source, err := path.AnnotateSource(b, false); err == nil {
+			return fmt.Sprintf(" (%s)\n%s", strings.TrimPrefix(at, "$."), strings.TrimRight(string(source), "\n"))
+		}
+	}
+	return ""
 }
 
 func (c Config) validate() error {

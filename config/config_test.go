@@ -1,0 +1,136 @@
+package config
+
+import (
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/goccy/go-yaml"
+)
+
+// The documentation has every key, and the code's defaults.
+func TestDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../docs/configuration.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, ok := strings.Cut(string(doc), "```yaml\n")
+	block, _, ok2 := strings.Cut(block, "```")
+	if !ok || !ok2 {
+		t.Fatal("docs/configuration.md has no yaml block")
+	}
+	var got Config
+	if err := yaml.UnmarshalWithOptions([]byte(block), &got, yaml.Strict()); err != nil {
+		t.Fatalf("docs/configuration.md: %s", yaml.FormatError(err, false, true))
+	}
+	compare(t, "", reflect.ValueOf(got), reflect.ValueOf(Default()))
+
+	var keys map[string]any
+	if err := yaml.Unmarshal([]byte(block), &keys); err != nil {
+		t.Fatal(err)
+	}
+	documented(t, "", keys, reflect.TypeFor[Config]())
+}
+
+// compare takes an empty list for none.
+func compare(t *testing.T, path string, doc, code reflect.Value) {
+	if doc.Kind() == reflect.Pointer {
+		if doc.IsNil() || code.IsNil() {
+			return // a part that is there only when it is asked for
+		}
+		doc, code = doc.Elem(), code.Elem()
+	}
+	if doc.Kind() == reflect.Struct {
+		for i := range doc.NumField() {
+			if doc.Type().Field(i).IsExported() && doc.Type().Field(i).Tag.Get("yaml") != "-" {
+				compare(t, path+"."+doc.Type().Field(i).Name, doc.Field(i), code.Field(i))
+			}
+		}
+		return
+	}
+	if doc.Kind() == reflect.Slice && doc.Len() == 0 && code.Len() == 0 {
+		return
+	}
+	if !reflect.DeepEqual(doc.Interface(), code.Interface()) {
+		t.Errorf("%s: documented as %v, is %v", path, doc.Interface(), code.Interface())
+	}
+}
+
+func documented(t *testing.T, path string, keys map[string]any, typ reflect.Type) {
+	for i := range typ.NumField() {
+		f := typ.Field(i)
+		name, opts, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		if name == "-" || !f.IsExported() {
+			continue
+		}
+		ft := f.Type
+		if ft.Kind() == reflect.Pointer {
+			ft = ft.Elem()
+		}
+		if strings.Contains(opts, "inline") {
+			documented(t, path, keys, ft)
+			continue
+		}
+		if name == "" {
+			t.Errorf("%s%s: no yaml name", path, f.Name)
+			continue
+		}
+		v, ok := keys[name]
+		if !ok {
+			t.Errorf("%s%s is not in docs/configuration.md", path, name)
+			continue
+		}
+		if sub, ok := v.(map[string]any); ok && ft.Kind() == reflect.Struct {
+			documented(t, path+name+".", sub, ft)
+		}
+	}
+}
+
+func TestParse(t *testing.T) {
+	good := "policy: {data: data}\n"
+	c, err := Parse([]byte(good), "/etc/sallyport")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Policy.Data != "/etc/sallyport/data" || c.Audit.Spool != "/var/lib/sallyport/spool" || len(c.SSH.HostKeys) != 3 {
+		t.Errorf("paths: %+v", c)
+	}
+	for _, p := range []string{c.State, c.Policy.Data, c.Audit.Store.Directory} {
+		found := false
+		for _, q := range c.Docker.ProtectedPaths {
+			found = found || p == q
+		}
+		if !found {
+			t.Errorf("%s is not protected from sandboxes", p)
+		}
+	}
+	for _, tc := range []struct{ yaml, want string }{
+		{"", "policy.data"},
+		{good + "nosuch: 1\n", "nosuch"},
+		{good + "ssh: {max_channels: many}\n", "2:"},
+		{good + "ssh: {max_channels: 0}\n", "ssh.max_channels"},
+		{good + "ssh: {listen: nonsense}\n", "ssh.listen"},
+		{good + "ssh: {login_grace_time: 0s}\n", "login_grace_time"},
+		{good + "gate: ../x\n", "gate"},
+		{good + "logging: {level: loud}\n", "logging.level"},
+		{good + "logging: {format: xml}\n", "logging.format"},
+		{good + "monitor: {listen: x}\n", "monitor.listen"},
+		{good + "audit: {data: some}\n", "audit.data"},
+		{good + "docker: {memory: lots}\n", "docker.memory"},
+		{"policy: {data: a}\npolicy: {data: b}\n", "2:"},
+		{"\tpolicy:", "1:"},
+		{"- 1\n- 2\n", "1:"},
+		{strings.Repeat("x", maxFile+1), "1 MiB"},
+	} {
+		_, err := Parse([]byte(tc.yaml), "/")
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%.40q: error %v, want %q in it", tc.yaml, err, tc.want)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte("policy: {data: data}\n"))
+	f.Fuzz(func(t *testing.T, b []byte) { Parse(b, "/") })
+}
