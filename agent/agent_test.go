@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
@@ -17,6 +19,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -265,6 +268,32 @@ func TestCoalescer(t *testing.T) {
 	c.Close()
 	if err := <-freed; err == nil {
 		t.Error("no error")
+	}
+}
+
+func TestGulper(t *testing.T) {
+	a, b := pair(t)
+	want := make([]byte, 3<<20+17)
+	rand.Read(want)
+	go func() {
+		for rest, i := want, 1; len(rest) > 0; i++ {
+			n := min(len(rest), i*977%(200<<10)+1)
+			a.Write(rest[:n])
+			rest = rest[n:]
+		}
+		a.Close()
+	}()
+	g := &gulper{Conn: b}
+	got, err := io.ReadAll(iotest.OneByteReader(io.LimitReader(g, 100)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rest, err := io.ReadAll(bufio.NewReader(g))
+	if err != nil || !bytes.Equal(append(got, rest...), want) {
+		t.Errorf("%d bytes, want %d: %v", len(got)+len(rest), len(want), err)
+	}
+	if g.buffer != nil && !g.busy {
+		t.Error("an idle reader holds a buffer")
 	}
 }
 
@@ -519,6 +548,7 @@ func startAgent(t *testing.T, key ed25519.PublicKey) (net.Conn, *exec.Cmd, <-cha
 	cmd := exec.Command(self)
 	cmd.Args = []string{serveName, "--fd", "3", "--home", t.TempDir(), "--key", base64.StdEncoding.EncodeToString(key)}
 	cmd.ExtraFiles = []*os.File{f}
+	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

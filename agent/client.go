@@ -75,7 +75,7 @@ func newClient(conn net.Conn, key ed25519.PrivateKey, hello Hello, pace pace) (*
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	session, err := yamux.Client(newCoalescer(&guard{Conn: conn}), muxConfig())
+	session, err := yamux.Client(newCoalescer(&guard{Conn: &gulper{Conn: conn}}), muxConfig())
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,9 @@ import (
 // coalesceLimit is how much may wait to be written. It is also the size of one write to the connection.
 const coalesceLimit = 256 << 10
 
+// gulp is how much is read at once from a busy connection.
+const gulp = 128 << 10
+
 var coalesceBuffers = sync.Pool{New: func() any {
 	b := make([]byte, 0, coalesceLimit)
 	return &b
@@ -102,4 +105,38 @@ func (c *coalescer) Close() error {
 	err := c.Conn.Close()
 	<-c.done
 	return err
+}
+
+// gulper reads a busy connection in large pieces: yamux asks for a few KiB at a time. An idle one holds no buffer.
+type gulper struct {
+	net.Conn
+	buffer *[]byte // from coalesceBuffers; nil: none
+	rest   []byte  // of what was read into buffer
+	busy   bool    // the last Read got all that it had asked for
+}
+
+func (g *gulper) Read(p []byte) (int, error) {
+	if len(g.rest) == 0 && !g.busy {
+		n, err := g.Conn.Read(p)
+		g.busy = n == len(p)
+		return n, err
+	}
+	if len(g.rest) == 0 {
+		if g.buffer == nil {
+			g.buffer = coalesceBuffers.Get().(*[]byte)
+		}
+		b := (*g.buffer)[:gulp]
+		n, err := g.Conn.Read(b)
+		g.rest, g.busy = b[:n], n == len(b)
+		if n == 0 {
+			return 0, err
+		}
+	}
+	n := copy(p, g.rest)
+	g.rest = g.rest[n:]
+	if len(g.rest) == 0 && !g.busy {
+		coalesceBuffers.Put(g.buffer)
+		g.buffer = nil
+	}
+	return n, nil
 }

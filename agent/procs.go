@@ -114,43 +114,34 @@ func (f *family) end(grace time.Duration) {
 	}
 }
 
-// endAll ends every process but this one.
-func endAll(grace time.Duration) {
-	self := os.Getpid()
-	if self == 1 {
-		// All that is left ends with this process: the kernel kills the namespace of a first process that exits.
-		syscall.Kill(-1, syscall.SIGHUP)
-		for limit := time.Now().Add(grace); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
-			if len(procTable()) <= 1 {
-				return
-			}
-		}
-		syscall.Kill(-1, syscall.SIGKILL)
-		return
+// endAll ends every process but this one, all of whose descendants become its children at last: as the first process
+// of a namespace, or by PR_SET_CHILD_SUBREAPER. It gives up after grace and 5 s.
+func endAll(r *reaper, grace time.Duration) {
+	send := killDescendants
+	if os.Getpid() == 1 {
+		send = func(sig syscall.Signal) { syscall.Kill(-1, sig) }
 	}
-	// Orphans are children of this process (PR_SET_CHILD_SUBREAPER), so all are its descendants.
-	f := &family{}
-	f.endDescendants(self, grace)
+	begin := time.Now()
+	for hungUp := false; !r.reapAll() && time.Since(begin) < grace+5*time.Second; time.Sleep(5 * time.Millisecond) {
+		switch {
+		case !hungUp:
+			send(syscall.SIGHUP)
+			hungUp = true
+		case time.Since(begin) >= grace:
+			send(syscall.SIGKILL)
+		}
+	}
 }
 
-func (f *family) endDescendants(of int, grace time.Duration) {
-	f.known = make(map[proc]bool)
-	for limit := time.Now().Add(grace + 2*time.Second); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
-		for _, p := range procTable() {
-			if p.parent == of {
-				f.known[key(p)] = true
-			}
+func killDescendants(sig syscall.Signal) {
+	f := &family{known: make(map[proc]bool)}
+	self := os.Getpid()
+	for _, p := range procTable() {
+		if p.parent == self {
+			f.known[key(p)] = true
 		}
-		pids := f.living()
-		if len(pids) == 0 {
-			return
-		}
-		sig := syscall.SIGKILL
-		if time.Until(limit) > 2*time.Second {
-			sig = syscall.SIGHUP
-		}
-		for _, pid := range pids {
-			syscall.Kill(pid, sig)
-		}
+	}
+	for _, pid := range f.living() {
+		syscall.Kill(pid, sig)
 	}
 }

@@ -27,31 +27,33 @@ func newReaper(stop <-chan struct{}) *reaper {
 			case <-stop:
 				return
 			case <-wake:
-				for r.reap() {
-				}
+				r.reapAll()
 			}
 		}
 	}()
 	return r
 }
 
-// reap takes one status, and says whether there was one.
-func (r *reaper) reap() bool {
+// reapAll takes every status there is, and says whether this process has no child left.
+func (r *reaper) reapAll() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	var status syscall.WaitStatus
-	pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
-	if err == syscall.EINTR {
-		return true
+	for {
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err != nil:
+			return err == syscall.ECHILD
+		case pid == 0:
+			return false
+		}
+		if c := r.children[pid]; c != nil {
+			delete(r.children, pid)
+			c <- status
+		}
 	}
-	if err != nil || pid <= 0 {
-		return false
-	}
-	if c := r.children[pid]; c != nil {
-		delete(r.children, pid)
-		c <- status
-	}
-	return true
 }
 
 // start starts a child. Its status is sent to the channel.

@@ -62,14 +62,14 @@ func Serve(config Config) error {
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	session, err := yamux.Server(newCoalescer(conn), muxConfig())
+	session, err := yamux.Server(newCoalescer(&gulper{Conn: conn}), muxConfig())
 	if err != nil {
 		return err
 	}
 	defer session.Close()
-	s := newServer(session, newReaper(stop), config.Home)
-	err = s.serve(limit)
-	endAll(endGrace)
+	r := newReaper(stop)
+	err = newServer(session, r, config.Home).serve(limit)
+	endAll(r, endGrace)
 	return err
 }
 

@@ -23,8 +23,10 @@ const (
 
 	handshakeLimit = 30 * time.Second
 
-	// window is the yamux window of each stream, and so what a stalled channel may hold in the gate's memory.
-	window = 256 << 10
+	// window is the yamux window of each stream, and so what a stalled channel may hold in the gate's memory. Through the
+	// unix socket on two busy processors the median of 256 KiB was 371 MB/s out and 514 in, of 512 KiB 447 and 613, of
+	// 1 MiB 450 and 601, of 4 MiB 426 and 565: more buys nothing.
+	window = 512 << 10
 
 	// maxFrame is the largest payload of a data frame.
 	maxFrame    = 64 << 10

@@ -169,16 +169,17 @@ func (l *Log) probe() error {
 
 const probeSuffix = ".probe"
 
-// StoreErr is the error of the last Put, nil if it went well. Sessions go on meanwhile, until the spool is full.
+// StoreErr says why segments wait for the store, nil if none was refused. Sessions go on meanwhile, until the spool is full.
 func (l *Log) StoreErr() error { return l.uploads.lastErr() }
 
 // Stats is a moment's state of the log.
 type Stats struct {
 	SpoolBytes int64 // in the spool, with what each file takes beside its bytes
 	SpoolLimit int64
-	Waiting    int    // segments that wait for the store
-	Stored     uint64 // segments brought to the store since Open
-	Failed     uint64 // Puts that failed since Open
+	Waiting    int           // segments that wait for the store
+	Oldest     time.Duration // how long the first of them has waited, in this run
+	Stored     uint64        // segments brought to the store since Open
+	Failed     uint64        // Puts that failed since Open
 }
 
 // Stats gives the state, for metrics.

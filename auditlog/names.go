@@ -1,6 +1,7 @@
 package auditlog
 
 import (
+	"encoding/hex"
 	"fmt"
 	"path"
 	"strconv"
@@ -30,7 +31,27 @@ func (k LogKind) String() string {
 const (
 	SessionPrefix = "sessions/"
 	GatePrefix    = "gate/"
+	// DuplicatePrefix is before what was put under a name that was taken, by a store that could not see by what.
+	DuplicatePrefix = "duplicates/"
 )
+
+// DuplicateName is the name under DuplicatePrefix for bytes with this hash that were meant to be name.
+func DuplicateName(name string, sum Hash) string {
+	return DuplicatePrefix + name + "." + hex.EncodeToString(sum[:])
+}
+
+// ParseDuplicateName takes such a name apart.
+func ParseDuplicateName(s string) (name string, sum Hash, err error) {
+	rest, ok := strings.CutPrefix(s, DuplicatePrefix)
+	dot := strings.LastIndexByte(rest, '.')
+	if !ok || dot < 1 || len(rest)-dot-1 != 2*len(sum) {
+		return "", Hash{}, fmt.Errorf("parse name %q: not the name of a duplicate", s)
+	}
+	if _, err := hex.Decode(sum[:], []byte(rest[dot+1:])); err != nil {
+		return "", Hash{}, fmt.Errorf("parse name %q: not the name of a duplicate", s)
+	}
+	return rest[:dot], sum, nil
+}
 
 const segmentSuffix = ".seg"
 

@@ -24,6 +24,7 @@ type upload struct {
 	number uint32
 	name   string
 	size   int64
+	since  time.Time // it waits
 }
 
 // uploadQueue is one log's waiting segments. They go in order, so that a gap in the store means a loss, never a delay.
@@ -31,6 +32,7 @@ type uploadQueue struct {
 	id       string
 	segments []upload
 	failures int
+	err      error     // of the last try, nil if it went well
 	after    time.Time // not before
 	busy     bool
 }
@@ -49,7 +51,7 @@ type uploader struct {
 	waiting  int
 	overflow bool // the spool holds segments that are not in queues
 	closing  bool
-	err      error
+	err      error // of the last look at the spool, nil if it went well
 	stored   uint64
 	failed   uint64
 }
@@ -88,6 +90,7 @@ func (u *uploader) addLocked(id string, s upload) {
 	if n := len(q.segments); n > 0 && s.number <= q.segments[n-1].number {
 		return // a rescan was first
 	}
+	s.since = time.Now()
 	q.segments = append(q.segments, s)
 	u.waiting++
 }
@@ -99,16 +102,29 @@ func (u *uploader) notify() {
 	}
 }
 
+// lastErr is the error of a segment that could not be stored and still waits, of the oldest if there are several.
 func (u *uploader) lastErr() error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return u.err
+	err := u.err
+	var since time.Time
+	for _, q := range u.queues {
+		if s := q.segments[0].since; q.err != nil && (since.IsZero() || s.Before(since)) {
+			err, since = q.err, s
+		}
+	}
+	return err
 }
 
 func (u *uploader) stats() Stats {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return Stats{Waiting: u.waiting, Stored: u.stored, Failed: u.failed}
+	s := Stats{Waiting: u.waiting, Stored: u.stored, Failed: u.failed}
+	now := time.Now()
+	for _, q := range u.queues {
+		s.Oldest = max(s.Oldest, now.Sub(q.segments[0].since))
+	}
+	return s
 }
 
 // take gives the next queue that is due, marked as busy, or how long to wait for one. finished: nothing is left and
@@ -196,7 +212,7 @@ func (u *uploader) result(q *uploadQueue, s upload, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	q.busy = false
-	u.err = err
+	q.err = err
 	if err != nil {
 		u.failed++
 		q.failures++
@@ -235,7 +251,7 @@ func (u *uploader) rescan() {
 		u.l.log.Error("audit log: spool", "error", err)
 		return
 	}
-	u.overflow = false
+	u.overflow, u.err = false, nil
 	for _, f := range files {
 		if f.suffix != sealedSuffix {
 			continue

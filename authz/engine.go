@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -104,7 +105,7 @@ func Load(cfg Config, log *slog.Logger) (*Engine, error) {
 		return nil, errors.New("policy: the data directory is not set (data: DIR)")
 	}
 	e := newEngine(cfg, log)
-	e.reload(nil)
+	e.reload(nil, true)
 	var fatal []error
 	for _, problem := range e.state.Load().problems {
 		if !e.grantsOnly(problem) {
@@ -149,10 +150,30 @@ func joinSome(all []error) error {
 	return errors.Join(all...)
 }
 
-// reload takes over what changed on disk. It returns true when another look is due soon.
-func (e *Engine) reload(dirty map[string]bool) (again bool) {
+// reload takes over what changed on disk: all of it, or only the dirty paths. It returns true when another look is due
+// soon.
+func (e *Engine) reload(dirty map[string]bool, all bool) (again bool) {
 	now := time.Now()
-	changed, again := e.data.scan(dirty, now)
+	changed, young := false, false
+	if !all {
+		var ok, ok2 bool
+		changed, young, ok = e.data.touch(dirty, now)
+		ok2 = true
+		if e.policy != nil {
+			var y bool
+			_, y, ok2 = e.policy.touch(dirty, now)
+			young = young || y
+		}
+		all = !ok || !ok2
+	}
+	if all {
+		c, y := e.data.scan(dirty, now)
+		changed, young = changed || c, young || y
+		if e.policy != nil {
+			_, y = e.policy.scan(dirty, now)
+			young = young || y
+		}
+	}
 	problems := e.data.problems()
 	if changed || e.merged.data == nil {
 		e.merged = e.data.merge()
@@ -160,8 +181,6 @@ func (e *Engine) reload(dirty map[string]bool) (again bool) {
 	problems = append(problems, e.merged.conflicts...)
 
 	if e.policy != nil {
-		_, young := e.policy.scan(dirty, now)
-		again = again || young
 		problems = append(problems, e.policy.problems()...)
 	}
 	recompiled, compileProblems := e.recompile()
@@ -173,7 +192,7 @@ func (e *Engine) reload(dirty map[string]bool) (again bool) {
 		}
 	}
 	e.state.Store(&state{problems: problems, sums: e.merged.sums})
-	return again
+	return young
 }
 
 // recompile compiles the policy if an own module changed. On failure the old policy stays.
@@ -248,8 +267,9 @@ func revision(sums map[string]string, own map[string][]byte) string {
 		}
 		fmt.Fprintln(hash)
 	}
-	for _, name := range slices.Sorted(maps.Keys(sums)) {
-		fmt.Fprintf(hash, "%q %s\n", name, sums[name])
+	for _, name := range slices.Sorted(maps.Keys(sums)) { // quoted, so that no name can look like two
+		hash.Write(strconv.AppendQuote(nil, name))
+		hash.Write([]byte(" " + sums[name] + "\n"))
 	}
 	return hex.EncodeToString(hash.Sum(nil)[:16])
 }
@@ -297,7 +317,7 @@ func (e *Engine) watch(ctx context.Context, watcher *fsnotify.Watcher) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	dirty := map[string]bool{}
-	var firstEvent time.Time
+	var firstEvent, poll time.Time // poll: when to look at all
 	for {
 		select {
 		case <-ctx.Done():
@@ -307,8 +327,10 @@ func (e *Engine) watch(ctx context.Context, watcher *fsnotify.Watcher) {
 				events = nil
 				continue
 			}
-			if len(dirty) < 10_000 { // beyond that the look at times and sizes must do
+			if len(dirty) < 10_000 {
 				dirty[event.Name] = true
+			} else {
+				poll = time.Time{} // too many to remember: times and sizes must tell
 			}
 			if firstEvent.IsZero() {
 				firstEvent = time.Now()
@@ -320,20 +342,26 @@ func (e *Engine) watch(ctx context.Context, watcher *fsnotify.Watcher) {
 				continue
 			}
 			e.log.Warn("policy: file notification", "error", err)
+			poll = time.Time{}
 			timer.Reset(0)
 		case <-timer.C:
 			begin := time.Now()
-			again := e.reload(dirty)
+			all := !begin.Before(poll)
+			again := e.reload(dirty, all)
 			e.tell()
 			if watcher != nil {
 				e.watchDirs(watcher, watched)
 			}
 			firstEvent = time.Time{}
-			clear(dirty)
-			// A large tree is not looked at so often that the looking costs more than a few percent of a processor.
-			next := max(pollTime, 20*time.Since(begin))
+			if !again {
+				clear(dirty)
+			}
+			if all { // a large tree not so often that the looking costs more than a few percent of a processor
+				poll = time.Now().Add(max(pollTime, 20*time.Since(begin)))
+			}
+			next := max(0, time.Until(poll))
 			if again {
-				next = settleTime
+				next = min(next, settleTime)
 			}
 			timer.Reset(next)
 		}

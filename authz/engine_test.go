@@ -623,3 +623,69 @@ func TestHolds(t *testing.T) {
 		t.Errorf("%q %v", sum, err)
 	}
 }
+
+// touch does what a scan would, or says that it can't.
+func TestTouch(t *testing.T) {
+	dir := world(t)
+	tree := newDataTree(dir)
+	tree.scan(nil, time.Now())
+	touch := func(names ...string) (changed, ok bool) {
+		dirty := map[string]bool{}
+		for _, name := range names {
+			dirty[filepath.Join(dir, name)] = true
+		}
+		changed, _, ok = tree.touch(dirty, time.Now())
+		return changed, ok
+	}
+	check := func(what string, changed, ok, wantChanged, wantOK bool) {
+		t.Helper()
+		if changed != wantChanged || ok != wantOK {
+			t.Errorf("%s: changed %v ok %v", what, changed, ok)
+		}
+	}
+	changed, ok := touch("grants/alice.json", "grants/.tmp", "grants/README", "elsewhere/x.json")
+	check("nothing", changed, ok, false, true)
+
+	put(t, dir, "grants/alice.json", grantText("T-2", "debug", time.Hour))
+	put(t, dir, "grants/bob.json", grantText("T-3", "debug", time.Hour))
+	put(t, dir, "grants/README", "text")
+	changed, ok = touch("grants/alice.json", "grants/bob.json", "grants/README", "grants/.tmp")
+	check("changed and new", changed, ok, true, true)
+	data := tree.merge().data
+	for _, path := range [][]string{{"grants", "alice", "T-2"}, {"grants", "bob", "T-3"}} {
+		if _, ok := lookup(data, path...); !ok {
+			t.Errorf("%v is missing", path)
+		}
+	}
+	put(t, dir, "grants/bob.json", "{")
+	changed, ok = touch("grants/bob.json")
+	check("broken", changed, ok, false, true)
+	if len(tree.problems()) != 1 {
+		t.Error(tree.problems())
+	}
+	if err := os.Remove(filepath.Join(dir, "grants/bob.json")); err != nil {
+		t.Fatal(err)
+	}
+	changed, ok = touch("grants/bob.json")
+	check("removed", changed, ok, true, true)
+	if _, ok := lookup(tree.merge().data, "grants", "bob"); ok || len(tree.problems()) != 0 {
+		t.Error("a removed file is still there")
+	}
+	put(t, dir, "grants/carol/T-1.json", "{}")
+	_, ok = touch("grants/carol")
+	check("new directory", false, ok, false, false)
+	if err := os.Symlink("alice.json", filepath.Join(dir, "grants/dave.json")); err != nil {
+		t.Fatal(err)
+	}
+	_, ok = touch("grants/dave.json")
+	check("link", false, ok, false, false)
+	_, ok = touch("grants/..data")
+	check("ConfigMap", false, ok, false, false)
+	if err := os.Mkdir(filepath.Join(dir, "grants/..data"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	_, ok = touch("grants/..data")
+	check("ConfigMap", false, ok, false, false)
+	_, ok = touch("grants")
+	check("a directory itself", false, ok, false, false)
+}

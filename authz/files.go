@@ -35,12 +35,13 @@ type tree struct {
 	suffixes []string
 	load     func(f *file, text []byte) error // sets f.value; a *lineError says where it is wrong
 	only     func(path []string) bool         // nil: all; else which data paths to read
-	optional bool                             // a root that isn't there is an empty tree
 
-	files map[string]*file       // by name: slash separated, relative to root
-	size  map[string]extent      // of the last scan, by the name's first element
-	dirs  map[string]fs.FileInfo // directories seen, by path as opened
-	walk  []error                // what could not be looked at in the last scan
+	files  map[string]*file       // by name: slash separated, relative to root
+	broken map[string]*file       // those of files that are not good as they are on disk
+	order  []string               // names of files, sorted; nil: to be made
+	size   map[string]extent      // of the last scan, by the name's first element
+	dirs   map[string]fs.FileInfo // directories seen, by path as opened
+	walk   []error                // what could not be looked at in the last scan
 }
 
 // extent is how much lies below a directory.
@@ -67,25 +68,11 @@ type file struct {
 func (t *tree) scan(dirty map[string]bool, now time.Time) (changed, young bool) {
 	found := make(map[string]bool, len(t.files))
 	t.dirs, t.walk, t.size = make(map[string]fs.FileInfo), nil, make(map[string]extent)
-	t.walkDir("", nil, nil, func(name string, dataPath []string, info fs.FileInfo) {
+	t.walkDir("", nil, func(name string, dataPath []string, info fs.FileInfo) {
 		found[name] = true
 		full := filepath.Join(t.root, filepath.FromSlash(name))
-		f := t.files[name]
-		if f == nil {
-			f = &file{name: name, path: dataPath}
-			t.files[name] = f
-		}
-		if f.seen != nil && !dirty[full] && sameFile(f.seen, info) && f.read.Sub(f.seen.ModTime()) > racyTime {
-			return
-		}
-		// JSON cut short is never valid JSON; YAML and Rego may be, and mean something else.
-		if age := now.Sub(info.ModTime()); f.seen != nil && age >= 0 && age < settleTime && path.Ext(name) != ".json" {
-			young = true
-			return
-		}
-		if t.reread(f, full, info, now) {
-			changed = true
-		}
+		c, y := t.look(name, dataPath, full, info, dirty[full], now)
+		changed, young = changed || c, young || y
 	})
 	for name, f := range t.files {
 		if !found[name] {
@@ -93,10 +80,91 @@ func (t *tree) scan(dirty map[string]bool, now time.Time) (changed, young bool) 
 				continue
 			}
 			changed = changed || f.good
-			delete(t.files, name)
+			t.forget(name)
 		}
 	}
 	return changed, young
+}
+
+// look reads a file that exists if it may have changed. The results are those of scan.
+func (t *tree) look(name string, dataPath []string, full string, info fs.FileInfo, dirty bool, now time.Time) (
+	changed, young bool) {
+	f := t.files[name]
+	if f == nil {
+		f = &file{name: name, path: dataPath}
+		t.files[name] = f
+		t.order = nil
+	}
+	if f.seen != nil && !dirty && sameFile(f.seen, info) && f.read.Sub(f.seen.ModTime()) > racyTime {
+		return false, false
+	}
+	// JSON cut short is never valid JSON; YAML and Rego may be, and mean something else.
+	if age := now.Sub(info.ModTime()); f.seen != nil && age >= 0 && age < settleTime && path.Ext(name) != ".json" {
+		return false, true
+	}
+	return t.reread(f, full, info, now), false
+}
+
+// touch is scan for exactly the paths that are known to have changed, which is what makes an edit in a very large tree
+// quick. ok is false when only a whole scan can tell: a directory or a link came, went or moved.
+func (t *tree) touch(dirty map[string]bool, now time.Time) (changed, young, ok bool) {
+	for full := range dirty {
+		if t.dirs[full] != nil {
+			return false, false, false
+		}
+	}
+	for full := range dirty {
+		dir, base := filepath.Split(full)
+		dir = filepath.Clean(dir)
+		if t.dirs[dir] == nil {
+			continue // another tree's
+		}
+		if strings.HasPrefix(base, ".") && !strings.HasPrefix(base, "..") {
+			continue
+		}
+		rel, err := filepath.Rel(t.root, full)
+		if err != nil {
+			return changed, young, false
+		}
+		name := filepath.ToSlash(rel)
+		wanted := slices.Contains(t.suffixes, path.Ext(base))
+		info, err := os.Lstat(full)
+		switch {
+		case errors.Is(err, fs.ErrNotExist) && t.files[name] != nil:
+			changed = changed || t.files[name].good
+			t.forget(name)
+		case errors.Is(err, fs.ErrNotExist) && !strings.HasPrefix(base, "."):
+		case err == nil && info.Mode().IsRegular() && wanted:
+			if t.files[name] == nil {
+				if top, _, _ := strings.Cut(name, "/"); t.size[top].files >= maxFiles {
+					return changed, young, false
+				}
+			}
+			c, y := t.look(name, dataPathOf(name), full, info, true, now)
+			changed, young = changed || c, young || y
+		case err == nil && info.Mode().IsRegular():
+		default:
+			return changed, young, false
+		}
+	}
+	return changed, young, true
+}
+
+// dataPathOf gives the data path of a file by its name: as in an OPA bundle, data.json is its directory's own content.
+func dataPathOf(name string) []string {
+	dataPath := strings.Split(name, "/")
+	last := len(dataPath) - 1
+	if stem := strings.TrimSuffix(dataPath[last], path.Ext(dataPath[last])); stem != "data" {
+		dataPath[last] = stem
+		return dataPath
+	}
+	return dataPath[:last]
+}
+
+func (t *tree) forget(name string) {
+	delete(t.files, name)
+	delete(t.broken, name)
+	t.order = nil
 }
 
 // keep says whether a file that was not found may still be there, because its directory couldn't be read.
@@ -121,6 +189,7 @@ func sameFile(a, b fs.FileInfo) bool {
 func (t *tree) reread(f *file, full string, info fs.FileInfo, now time.Time) bool {
 	bad := func(line int, text string) bool {
 		f.bad = &FileError{File: full, Line: line, Text: text}
+		t.broken[f.name] = f
 		return false
 	}
 	text, err := readFile(full)
@@ -136,6 +205,7 @@ func (t *tree) reread(f *file, full string, info fs.FileInfo, now time.Time) boo
 	sum := hex.EncodeToString(hash[:])
 	if f.good && sum == f.sum {
 		f.bad = nil
+		delete(t.broken, f.name)
 		return false
 	}
 	old := f.value
@@ -148,6 +218,7 @@ func (t *tree) reread(f *file, full string, info fs.FileInfo, now time.Time) boo
 		return bad(0, err.Error())
 	}
 	f.bad, f.good, f.sum = nil, true, sum
+	delete(t.broken, f.name)
 	return true
 }
 
@@ -186,15 +257,15 @@ func bare(err error) error {
 
 // walkDir calls visit for each file below dir. Names that begin with a dot are left out, as are the hidden directories
 // in which Kubernetes keeps what a mounted ConfigMap's links point to; links are followed, also to directories.
-func (t *tree) walkDir(dir string, dataPath []string, above []fs.FileInfo, visit func(string, []string, fs.FileInfo)) {
+func (t *tree) walkDir(dir string, above []fs.FileInfo, visit func(string, []string, fs.FileInfo)) {
 	full := filepath.Join(t.root, filepath.FromSlash(dir))
 	fail := func(text string) { t.walk = append(t.walk, &FileError{File: full, Text: text}) }
 	self, err := os.Stat(full)
 	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) || dir == "" && !t.optional {
+		switch {
+		case !errors.Is(err, fs.ErrNotExist):
 			fail(bare(err).Error())
-		}
-		if dir == "" && errors.Is(err, fs.ErrNotExist) && !t.optional {
+		case dir == "":
 			t.walk = []error{fmt.Errorf("%s: %w", full, errGone)}
 		}
 		return
@@ -229,9 +300,7 @@ func (t *tree) walkDir(dir string, dataPath []string, above []fs.FileInfo, visit
 		name := path.Join(dir, entry.Name())
 		entryPath := filepath.Join(full, entry.Name())
 		isDir := entry.IsDir()
-		ext := path.Ext(entry.Name())
-		stem := strings.TrimSuffix(entry.Name(), ext)
-		wanted := slices.Contains(t.suffixes, ext)
+		wanted := slices.Contains(t.suffixes, path.Ext(entry.Name()))
 		if !isDir && entry.Type()&fs.ModeSymlink == 0 && !wanted {
 			continue
 		}
@@ -243,19 +312,15 @@ func (t *tree) walkDir(dir string, dataPath []string, above []fs.FileInfo, visit
 			continue
 		}
 		if info.IsDir() {
-			below := append(slices.Clone(dataPath), entry.Name())
-			if t.only == nil || t.only(below) {
-				t.walkDir(name, below, above, visit)
+			if t.only == nil || t.only(strings.Split(name, "/")) {
+				t.walkDir(name, above, visit)
 			}
 			continue
 		}
 		if !wanted {
 			continue
 		}
-		below := dataPath
-		if stem != "data" { // as in an OPA bundle, data.json is its directory's own content
-			below = append(slices.Clone(dataPath), stem)
-		}
+		below := dataPathOf(name)
 		if t.only != nil && !t.only(below) {
 			continue
 		}
@@ -276,17 +341,19 @@ var errGone = errors.New("the directory is missing: create it, or correct the se
 // problems lists what is wrong in the tree, in the order of the files.
 func (t *tree) problems() []error {
 	problems := slices.Clone(t.walk)
-	for _, name := range slices.Sorted(maps.Keys(t.files)) {
-		if bad := t.files[name].bad; bad != nil {
-			problems = append(problems, bad)
-		}
+	for _, name := range slices.Sorted(maps.Keys(t.broken)) {
+		problems = append(problems, t.broken[name].bad)
 	}
 	return problems
 }
 
+func newTree(root string, load func(*file, []byte) error, suffixes ...string) *tree {
+	return &tree{root: root, suffixes: suffixes, load: load, files: map[string]*file{}, broken: map[string]*file{}}
+}
+
 // newDataTree gives the tree of a data directory.
 func newDataTree(root string) *tree {
-	return &tree{root: root, suffixes: strings.Fields(dataSuffix), files: map[string]*file{}, load: loadData}
+	return newTree(root, loadData, strings.Fields(dataSuffix)...)
 }
 
 func loadData(f *file, text []byte) error {
@@ -328,29 +395,57 @@ type merged struct {
 // merge makes one document of all good files, in the order of their names.
 func (t *tree) merge() merged {
 	m := merged{data: map[string]any{}, sums: make(map[string]string, len(t.files))}
-	for _, name := range slices.Sorted(maps.Keys(t.files)) {
+	if t.order == nil {
+		t.order = slices.Sorted(maps.Keys(t.files))
+	}
+	for _, name := range t.order {
 		f := t.files[name]
 		if !f.good {
 			continue
 		}
-		value := f.value
-		for _, element := range slices.Backward(f.path) {
-			value = map[string]any{element: value}
-		}
-		object, ok := value.(map[string]any)
-		if !ok {
-			continue // an empty path holds an object: loadData
-		}
-		if twice := conflict(m.data, object, 0, maxDepth, nil); twice != nil {
+		if twice := add(m.data, f.path, f.value); twice != nil {
 			m.conflicts = append(m.conflicts, &FileError{File: filepath.Join(t.root, filepath.FromSlash(name)),
 				Text: fmt.Sprintf("data.%s is already given by another file; remove one of them",
 					Printable(strings.Join(twice, "."), 200))})
 			continue
 		}
-		graft(m.data, object, 0, maxDepth)
 		m.sums[name] = f.sum
 	}
 	return m
+}
+
+// add adds a value at a path, or gives the path at which it can't be merged and adds nothing.
+func add(data map[string]any, path []string, value any) (twice []string) {
+	into, depth := data, maxDepth
+	for level, element := range path {
+		if level == 0 {
+			depth = mergeDepth(element)
+		}
+		if level == len(path)-1 {
+			from := map[string]any{element: value}
+			if twice := conflict(into, from, level, depth, path[:level]); twice != nil {
+				return twice
+			}
+			graft(into, from, level, depth)
+			return nil
+		}
+		old, exists := into[element]
+		if !exists {
+			old = map[string]any{}
+			into[element] = old
+		}
+		below, ok := old.(map[string]any)
+		if !ok || level+1 > depth {
+			return path[:level+1]
+		}
+		into = below
+	}
+	from, _ := value.(map[string]any) // an empty path holds an object: loadData
+	if twice := conflict(data, from, 0, depth, nil); twice != nil {
+		return twice
+	}
+	graft(data, from, 0, depth)
+	return nil
 }
 
 // conflict gives the first path that both objects hold and that can't be merged.

@@ -55,7 +55,7 @@ func defaultModules() (map[string][]byte, error) {
 
 // newPolicyTree gives the tree of an admin's own modules.
 func newPolicyTree(root string) *tree {
-	return &tree{root: root, suffixes: []string{regoSuffix}, files: map[string]*file{}, load: loadModule}
+	return newTree(root, loadModule, regoSuffix)
 }
 
 // loadModule takes a module's text as it is: whether it is good shows only when all modules are compiled together.

@@ -28,7 +28,7 @@ func TestRego(t *testing.T) {
 		}
 	}
 	results, err := tester.NewRunner().SetModules(modules).SetCompiler(ast.NewCompiler()).EnableTracing(true).
-		Run(context.Background(), modules)
+		RunTests(context.Background(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,7 +46,7 @@ func NewStore(dir string) (*Store, error) {
 		if err != nil || time.Since(info.ModTime()) < staleTemp {
 			continue
 		}
-		if err := os.Remove(filepath.Join(s.temp, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.RemoveAll(filepath.Join(s.temp, e.Name())); err != nil {
 			return nil, fmt.Errorf("directory store: %w", err)
 		}
 	}

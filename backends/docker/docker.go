@@ -48,8 +48,8 @@ type Config struct {
 	ProtectedPaths []string `yaml:"-"`
 }
 
-// withDefaults fills in what is empty.
-func (c Config) withDefaults() Config {
+// WithDefaults gives the configuration with its unset values set.
+func (c Config) WithDefaults() Config {
 	if c.Host == "" {
 		c.Host = client.DefaultDockerHost
 	}
@@ -74,7 +74,7 @@ func (c Config) withDefaults() Config {
 // Validate says what is wrong in the configuration, without looking at the machine.
 func (c Config) Validate() error {
 	var errs []error
-	c = c.withDefaults()
+	c = c.WithDefaults()
 	if !strings.HasPrefix(c.Host, "unix:///") {
 		errs = append(errs, fmt.Errorf("host: %q is not a unix socket; the engine must be on the gate's own host", c.Host))
 	}
@@ -136,7 +136,7 @@ func New(ctx context.Context, config Config, gate string, log *slog.Logger) (*Ba
 	if gate == "" || config.StateDir == "" {
 		return nil, errors.New("docker: the gate's name or the state directory is missing")
 	}
-	config = config.withDefaults()
+	config = config.WithDefaults()
 	// Negotiated: the engine of Debian 12 speaks 1.41.
 	engine, err := client.NewClientWithOpts(client.WithHost(config.Host), client.WithAPIVersionNegotiation())
 	if err != nil {

@@ -67,14 +67,21 @@ func installAgent(source, dir string) (string, error) {
 	if err != nil {
 		return "", errors.Join(err, os.Remove(f.Name()))
 	}
-	entries, err := os.ReadDir(dir)
+	return to, nil
+}
+
+// pruneAgents removes the copies of other versions. Running sandboxes keep theirs.
+func pruneAgents(current string) error {
+	home := filepath.Dir(current)
+	entries, err := os.ReadDir(filepath.Dir(home))
 	if err != nil {
-		return "", err
+		return err
 	}
+	var errs []error
 	for _, e := range entries {
-		if e.Name() != name {
-			os.RemoveAll(filepath.Join(dir, e.Name())) // a version of the past; what remains of it does no harm
+		if e.Name() != filepath.Base(home) {
+			errs = append(errs, os.RemoveAll(filepath.Join(filepath.Dir(home), e.Name())))
 		}
 	}
-	return to, nil
+	return errors.Join(errs...)
 }

@@ -26,6 +26,9 @@ func (b *Backend) Run(ctx context.Context) {
 		b.hear(ctx)
 	}()
 	defer func() { <-heard }()
+	if err := pruneAgents(b.agent); err != nil {
+		b.log.WarnContext(ctx, "remove old agents", "err", err)
+	}
 	t := time.NewTicker(reapEvery)
 	defer t.Stop()
 	for {

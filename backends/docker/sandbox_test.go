@@ -47,7 +47,7 @@ func TestConfinement(t *testing.T) {
 		{"cat /proc/1/mem", "Permission denied"},
 		{"ls /proc/1/fd", "Permission denied"},
 		{"kill -9 1; kill -TERM 1; kill -STOP 1; echo $?", "0\n"},
-		{"cat /proc/$$/oom_score_adj", "500\n"},
+		{"sleep 0.2; cat /proc/$$/oom_score_adj", "500\n"},
 		{"stat -c %a /tmp $HOME", "700\n700\n"},
 		{"awk '$2 == \"/tmp\" || $2 == \"/home/sandbox\" {print $3, $4}' /proc/mounts | grep -c " +
 			"'^tmpfs rw,nosuid,nodev,relatime,size=131072k,nr_inodes=32768,mode=700,uid=1000,gid=1000'", "2\n"},
@@ -506,6 +506,19 @@ func TestReady(t *testing.T) {
 	info, err := os.Stat(b.agent)
 	if err != nil || info.Mode() != 0o111 {
 		t.Errorf("%v %v", info, err)
+	}
+	old := filepath.Join(filepath.Dir(filepath.Dir(b.agent)), "old")
+	if err := os.MkdirAll(old, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := pruneAgents(b.agent); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(old); err == nil {
+		t.Error("an old version is left")
+	}
+	if _, err := os.Stat(b.agent); err != nil {
+		t.Error(err)
 	}
 	_, err = New(context.Background(), Config{
 		Host: "unix:///no/such.sock", Agent: fixture.agent, StateDir: t.TempDir(),

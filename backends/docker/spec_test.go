@@ -18,7 +18,7 @@ import (
 // checker returns a Backend that can check specs and has no engine: a spec that passes the check fails on nil.
 func checker(t *testing.T, c Config, guarded ...string) *Backend {
 	t.Helper()
-	b := &Backend{config: c.withDefaults(), cpus: 4, live: make(map[string]*sandbox), log: slog.New(slog.DiscardHandler)}
+	b := &Backend{config: c.WithDefaults(), cpus: 4, live: make(map[string]*sandbox), log: slog.New(slog.DiscardHandler)}
 	for _, p := range c.BindPrefixes {
 		p, err := filepath.EvalSymlinks(p)
 		if err != nil {
