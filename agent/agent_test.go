@@ -410,6 +410,9 @@ func TestForbiddenFrames(t *testing.T) {
 			c, a := newFakeAgent(t, normalPace)
 			a.conn.Write(b)
 			waitDone(t, c)
+			if strings.Contains(c.Err().Error(), "heartbeat") {
+				t.Error("only silence ended it")
+			}
 		})
 	}
 }
@@ -585,7 +588,8 @@ func TestAgentEndsWithoutGate(t *testing.T) {
 	waitEnd(t, ended, "another key")
 }
 
-// TestAgentEndsAll ends the stream: what the session started is dead when the agent has ended, however it tried to live.
+// TestAgentEndsAll ends the stream: what the session started is dead when the agent has ended, however it tried to
+// live.
 func TestAgentEndsAll(t *testing.T) {
 	public, private := newKey(t)
 	conn, cmd, ended := startAgent(t, public)

@@ -16,7 +16,8 @@ import (
 )
 
 // RunChild must be called at the very start of main, or of TestMain, of every program that serves as an agent: an
-// agent starts processes by executing its own file. In such a child it does the child's work and exits; else it returns.
+// agent starts processes by executing its own file. In such a child it does the child's work and exits; else it
+// returns.
 func RunChild() {
 	hooked = true
 	if len(os.Args) == 0 {

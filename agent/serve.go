@@ -123,7 +123,10 @@ type server struct {
 }
 
 func newServer(session *yamux.Session, r *reaper, home string) *server {
-	s := &server{session: session, reaper: r, pace: normalPace, env: os.Environ(), waiting: make(map[uint64]chan *yamux.Stream)}
+	s := &server{
+		session: session, reaper: r, pace: normalPace, env: os.Environ(),
+		waiting: make(map[uint64]chan *yamux.Stream),
+	}
 	var a account
 	if f, err := os.Open("/etc/passwd"); err == nil {
 		a = lookUp(f, os.Getuid())

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The names (argv[0]) under which the agent executes itself. They are no secrets: who runs the agent's file under one of
-// them gets a process of their own, with their own rights.
+// The names (argv[0]) under which the agent executes itself. They are no secrets: who runs the agent's file under one
+// of them gets a process of their own, with their own rights.
 const (
 	stage2Name = "agent-stage2"
 	sftpName   = "agent-sftp"
@@ -165,7 +165,8 @@ func become(f *os.File) error {
 	return execute(p)
 }
 
-// execute searches as execvp(3) does: a file that is there but may not be executed is remembered, and the search goes on.
+// execute searches as execvp(3) does: a file that is there but may not be executed is remembered, and the search goes
+// on.
 func execute(p program) error {
 	name := p.Path
 	if strings.Contains(name, "/") {

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"go.uber.org/goleak"
 )
 
@@ -511,7 +512,7 @@ func TestOwnPolicy(t *testing.T) {
 	// A directory that can't be read is no reason to fall back to the defaults.
 	put(t, own, "hours.rego", "package sallyport\n\ndeny contains \"closed\"\n")
 	within(t, "deny", func() bool { return login(t, e).Reason == "closed" })
-	if err := os.RemoveAll(own); err != nil {
+	if err := os.Rename(own, own+".away"); err != nil { // at once, with its files
 		t.Fatal(err)
 	}
 	within(t, "directory gone", func() bool { return e.Ready() != nil })
@@ -688,4 +689,152 @@ func TestTouch(t *testing.T) {
 	check("ConfigMap", false, ok, false, false)
 	_, ok = touch("grants")
 	check("a directory itself", false, ok, false, false)
+}
+
+// What can't be looked at isn't gone.
+func TestUnreadableDirectoryKeepsLastGood(t *testing.T) {
+	dir := world(t)
+	e := open(t, Config{Data: dir})
+	if err := os.Rename(filepath.Join(dir, "grants"), filepath.Join(dir, ".grants")); err != nil {
+		t.Fatal(err)
+	}
+	// A link to itself fails as a directory without permission does, also for root.
+	if err := os.Symlink("grants", filepath.Join(dir, "grants.link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(dir, "grants.link"), filepath.Join(dir, "grants")); err != nil {
+		t.Fatal(err)
+	}
+	within(t, "unreadable", func() bool { return e.Ready() != nil })
+	// In between there was no such name, which a look may have seen.
+	tree := newDataTree(dir)
+	tree.files["grants/alice.json"] = &file{name: "grants/alice.json", path: []string{"grants", "alice"}, good: true}
+	if changed, _ := tree.scan(nil, time.Now()); !changed || tree.files["grants/alice.json"] == nil {
+		t.Errorf("a file below a directory that can't be read was taken for removed: %v", tree.problems())
+	}
+	if err := os.Remove(filepath.Join(dir, "grants")); err != nil {
+		t.Fatal(err)
+	}
+	if tree.scan(nil, time.Now()); tree.files["grants/alice.json"] != nil {
+		t.Error("a file that is gone is still there")
+	}
+}
+
+// Two writes in one tick of the file system's clock, of the same length, are two writes.
+func TestSameTimeAndSize(t *testing.T) {
+	dir := world(t)
+	name := filepath.Join(dir, "grants/alice.json")
+	info, err := os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree := newDataTree(dir)
+	tree.scan(nil, time.Now())
+	if err := os.WriteFile(name, []byte(grantText("T-2", "debug", time.Hour)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(name, info.ModTime(), info.ModTime()); err != nil {
+		t.Fatal(err)
+	}
+	if changed, _ := tree.scan(nil, time.Now()); !changed {
+		t.Error("the second write was not seen")
+	}
+	if changed, _ := tree.scan(nil, time.Now()); changed {
+		t.Error("the second write was seen twice")
+	}
+}
+
+// YAML that is cut short may be valid and mean more than it says: it is left alone while it is being written.
+func TestYAMLIsReadWhenQuiet(t *testing.T) {
+	dir := world(t)
+	name := filepath.Join(dir, "profiles/debug.yaml")
+	write := func(text string, age time.Duration) {
+		t.Helper()
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(name, time.Time{}, time.Now().Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, "profiles/debug.json")); err != nil {
+		t.Fatal(err)
+	}
+	write("image: x\nmemory: 1Gi\n", time.Minute)
+	tree := newDataTree(dir)
+	now := time.Now()
+	tree.scan(nil, now)
+	write("image: x\n", 0)
+	info, err := os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if changed, young := tree.scan(nil, info.ModTime().Add(settleTime/2)); changed || !young {
+		t.Errorf("changed %v young %v", changed, young)
+	}
+	if changed, young := tree.scan(nil, info.ModTime().Add(settleTime)); !changed || young {
+		t.Errorf("changed %v young %v", changed, young)
+	}
+}
+
+func TestAddress(t *testing.T) {
+	for in, want := range map[string]string{
+		"192.0.2.1": "192.0.2.1", "::ffff:192.0.2.1": "192.0.2.1", "fe80::1%eth0": "fe80::1", "2001:DB8::1": "2001:db8::1",
+		"": "", "localhost": "", "192.0.2.1:22": "", "192.0.2.0/24": "",
+	} {
+		if got, err := address(in); got != want || (err == nil) != (want != "") {
+			t.Errorf("%q: %q %v, want %q", in, got, err, want)
+		}
+	}
+}
+
+// New directories are watched, and one that took another's name is watched in its place.
+func TestWatchedDirectories(t *testing.T) {
+	dir := world(t)
+	e, err := Load(Config{Data: dir}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watcher.Close()
+	watched := map[string]string{}
+	look := func() int {
+		e.reload(nil, true)
+		e.watchDirs(watcher, watched)
+		return len(watcher.WatchList())
+	}
+	if n := look(); n != 4 {
+		t.Errorf("%d directories are watched, want 4: %v", n, watcher.WatchList())
+	}
+	put(t, dir, "grants/bob/T-1.json", "{}")
+	if n := look(); n != 5 {
+		t.Errorf("%d directories are watched, want 5: %v", n, watcher.WatchList())
+	}
+	grants := filepath.Join(dir, "grants")
+	before := watched[grants]
+	if err := os.Rename(grants, filepath.Join(dir, ".away")); err != nil {
+		t.Fatal(err)
+	}
+	put(t, dir, "grants/alice.json", grantText("T-1", "debug", time.Hour))
+	if n := look(); n != 4 || watched[grants] == before {
+		t.Errorf("%d directories are watched, want 4: %v", n, watcher.WatchList())
+	}
+	for len(watcher.Events) > 0 {
+		<-watcher.Events
+	}
+	put(t, dir, "grants/carol.json", "{}")
+	deadline := time.After(5 * time.Second)
+	for {
+		select {
+		case event := <-watcher.Events:
+			if event.Name == filepath.Join(grants, "carol.json") {
+				return
+			}
+		case <-deadline:
+			t.Fatal("no event from the new directory")
+		}
+	}
 }

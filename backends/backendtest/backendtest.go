@@ -336,9 +336,10 @@ func background(t *testing.T, s backends.Sandbox) {
 
 func failingWriter(t *testing.T, s backends.Sandbox) {
 	failure := errors.New("nobody reads")
-	r := execute(t, s, backends.Process{Kind: backends.KindExec, Command: "yes", Stdout: writeFunc(func([]byte) (int, error) {
-		return 0, failure
-	})})
+	r := execute(t, s, backends.Process{
+		Kind: backends.KindExec, Command: "yes",
+		Stdout: writeFunc(func([]byte) (int, error) { return 0, failure }),
+	})
 	if !errors.Is(r.err, failure) {
 		t.Errorf("%+v", r)
 	}

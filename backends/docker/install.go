@@ -22,8 +22,8 @@ const (
 // agentLimit bounds the agent's file; ours has 5 MB.
 const agentLimit = 64 << 20
 
-// installAgent copies the agent to dir, under its hash, and returns the copy's path. The copy can be executed but read by
-// nobody: a process that executes an unreadable file can't be traced from its first instruction on.
+// installAgent copies the agent to dir, under its hash, and returns the copy's path. The copy can be executed but read
+// by nobody: a process that executes an unreadable file can't be traced from its first instruction on.
 func installAgent(source, dir string) (string, error) {
 	info, err := os.Stat(source)
 	if err != nil {

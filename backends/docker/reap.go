@@ -17,8 +17,8 @@ import (
 // reapEvery is the time between looks for what an ended session has left.
 const reapEvery = 30 * time.Second
 
-// Run removes what earlier gates of this name and failed removals left, at once and every 30 s, and listens to the engine
-// for why containers die, until ctx ends. No other gate may use the state directory meanwhile.
+// Run removes what earlier gates of this name and failed removals left, at once and every 30 s, and listens to the
+// engine for why containers die, until ctx ends. No other gate may use the state directory meanwhile.
 func (b *Backend) Run(ctx context.Context) {
 	heard := make(chan struct{})
 	go func() {

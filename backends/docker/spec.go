@@ -401,8 +401,8 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 
 func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
-// tmpfs returns mount options. The engine's default is noexec, on which no script of the user's runs. Inodes are bounded
-// as their memory is charged to the sandbox beyond size.
+// tmpfs returns mount options. The engine's default is noexec, on which no script of the user's runs. Inodes are
+// bounded as their memory is charged to the sandbox beyond size.
 func tmpfs(t backends.Template, size int64) string {
 	size = max(size&^4095, 4096)
 	return fmt.Sprintf("rw,exec,nosuid,nodev,size=%d,nr_inodes=%d,uid=%d,gid=%d,mode=0700",

@@ -227,7 +227,8 @@ func TestConfig(t *testing.T) {
 		}
 	}
 	var c Config
-	if err := yaml.UnmarshalWithOptions([]byte("memory: 512Mi\nmax_memory: 4Gi\nallow_root: true\n"), &c, yaml.Strict()); err != nil {
+	text := []byte("memory: 512Mi\nmax_memory: 4Gi\nallow_root: true\n")
+	if err := yaml.UnmarshalWithOptions(text, &c, yaml.Strict()); err != nil {
 		t.Fatal(err)
 	}
 	if c.Memory != 512<<20 || c.MaxMemory != 4<<30 {

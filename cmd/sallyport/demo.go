@@ -171,7 +171,7 @@ monitor:
 	data := map[string]any{
 		"users/" + demoUser: map[string]any{"keys": []string{strings.TrimSpace(string(userPub))}},
 		"profiles/demo": map[string]any{
-			"image": d.image, "memory": "4Gi", "pids": 1024,
+			"image": d.image, "memory": "4Gi", "home_size": "1536Mi", "tmp_size": "512Mi", "pids": 1024,
 			"mounts": []any{map[string]any{"source": d.path("production"), "target": "/production"}},
 			"permit": map[string]any{
 				"shell": true, "exec": true, "sftp": true,
