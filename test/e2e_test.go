@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/sallyport/sallyport/auditlog/s3/s3test"
 )
 
 // binaries is the directory of what is tested: the gate and the auditor's tool with the race detector, the agent as it
@@ -93,22 +95,27 @@ func TestScripts(t *testing.T) {
 			"sealed":     cmdSealed,
 			"logcount":   cmdLogCount,
 			"sandboxes":  cmdSandboxes,
+			"made":       cmdMade,
 			"until":      cmdUntil,
 			"background": cmdBackground,
 			"signal":     cmdSignal,
+			"s3":         cmdS3,
 		},
+		Condition:           condition,
 		RequireExplicitExec: true,
 	})
 }
 
 type state struct {
-	port int
-	name string // the gate's, unique in this run
-	dir  string
-	gate *exec.Cmd
-	gone chan struct{}
-	bin  string // directory of the binaries
-	jobs map[string]*exec.Cmd
+	port  int
+	name  string // the gate's, unique in this run
+	dir   string
+	gate  *exec.Cmd
+	gone  chan struct{}
+	bin   string // directory of the binaries
+	jobs  map[string]*exec.Cmd
+	since time.Time      // when it was made
+	s3    *s3test.Server // of scripts that start one
 }
 
 type stateKey struct{}
@@ -148,7 +155,7 @@ func newState(dir string) (*state, error) {
 	}
 	port := l.Addr().(*net.TCPAddr).Port
 	l.Close()
-	s := &state{port: port, dir: dir, name: fmt.Sprintf("e2e-%d-%d", os.Getpid(), port), bin: binaries, jobs: map[string]*exec.Cmd{}}
+	s := &state{port: port, dir: dir, name: fmt.Sprintf("e2e-%d-%d", os.Getpid(), port), bin: binaries, jobs: map[string]*exec.Cmd{}, since: time.Now()}
 	for _, sub := range []string{"data/users", "data/profiles", "data/grants", "log", "production"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return nil, err
@@ -509,6 +516,17 @@ func cmdSandboxes(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 	ts.Fatalf("sandboxes: have %v (%v), want %d", own, err, want)
+}
+
+// cmdMade: made N: this gate has had N containers created since its directory was made, as the engine's events tell.
+func cmdMade(ts *testscript.TestScript, neg bool, args []string) {
+	s := get(ts)
+	out, err := exec.Command("docker", "events", "--since", strconv.FormatInt(s.since.Unix(), 10), "--until", "0s",
+		"--filter", "event=create", "--filter", "label=sallyport.server="+s.server()).Output()
+	ts.Check(err)
+	if got := strconv.Itoa(bytes.Count(out, []byte("\n"))); got != args[0] {
+		ts.Fatalf("made: %s containers were created, want %s:\n%s", got, args[0], out)
+	}
 }
 
 // cmdUntil: until COMMAND ARGS... | until refused PATTERN: runs a command again until it succeeds, at most 30 s.
