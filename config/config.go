@@ -17,6 +17,8 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/backends/docker"
 	"github.com/sallyport/sallyport/sshserver"
@@ -59,10 +61,41 @@ type Audit struct {
 	Store Store `yaml:"store"`
 }
 
-// Store is exactly one of its fields.
+// Store is one store: a directory or a bucket.
 type Store struct {
 	// Directory is a directory on this machine. Empty, and no other store: log in the state directory.
 	Directory string `yaml:"directory"`
+	// Prune says which logs a directory forgets. A bucket forgets by rules of its own: the gate can't remove anything there.
+	Prune file.Prune `yaml:"prune"`
+	// S3 is a bucket. The gate's credential needs s3:PutObject on the prefix and nothing else.
+	S3 *s3.Config `yaml:"s3"`
+}
+
+// paths are the store's files on this machine; some may be empty.
+func (s Store) paths() []string {
+	if s.S3 == nil {
+		return []string{s.Directory}
+	}
+	return []string{s.S3.CredentialsFile}
+}
+
+func (s Store) validate() error {
+	if s.S3 == nil {
+		if err := s.Prune.Validate(); err != nil {
+			return fmt.Errorf("audit.store.prune.%w", err)
+		}
+		return nil
+	}
+	if s.Directory != "" {
+		return errors.New("audit.store: directory and s3: write one of them")
+	}
+	if s.Prune.Enabled() {
+		return errors.New("audit.store.prune: only a directory is pruned: give the bucket a lifecycle rule")
+	}
+	if err := s.S3.WithDefaults().Validate(); err != nil {
+		return fmt.Errorf("audit.store.s3.%w", err)
+	}
+	return nil
 }
 
 // Monitor is the listener of /healthz, /readyz and /metrics.
@@ -172,7 +205,12 @@ func Parse(b []byte, dir string) (Config, error) {
 	abs(&c.Policy.Policy, "")
 	abs(&c.Audit.Key, in("log.key"))
 	abs(&c.Audit.Spool, in("spool"))
-	abs(&c.Audit.Store.Directory, in("log"))
+	if c.Audit.Store.S3 == nil {
+		abs(&c.Audit.Store.Directory, in("log"))
+	} else {
+		abs(&c.Audit.Store.S3.CredentialsFile, "")
+		abs(&c.Audit.Store.S3.CAFile, "")
+	}
 	abs(&c.Admin.Socket, in("admin.sock"))
 	abs(&c.Docker.StateDir, in("docker"))
 	if c.Docker.Agent == "" {
@@ -186,8 +224,12 @@ func Parse(b []byte, dir string) (Config, error) {
 		abs(&c.Docker.BindPrefixes[i], "")
 	}
 	// What a sandbox may never see, whatever policy and prefixes say.
-	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.State, c.Policy.Data, c.Audit.Key, c.Audit.Spool,
-		c.Audit.Store.Directory, c.Admin.Socket)
+	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.State, c.Policy.Data, c.Audit.Key, c.Audit.Spool, c.Admin.Socket)
+	for _, p := range c.Audit.Store.paths() {
+		if p != "" {
+			c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, p)
+		}
+	}
 	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.SSH.HostKeys...)
 	if c.Policy.Policy != "" {
 		c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.Policy.Policy)
@@ -215,6 +257,9 @@ func sizePlace(b []byte) string {
 
 func (c Config) validate() error {
 	if err := c.SSH.Validate(); err != nil {
+		return err
+	}
+	if err := c.Audit.Store.validate(); err != nil {
 		return err
 	}
 	if c.Monitor.Listen != "" {

@@ -3,6 +3,7 @@ package config
 import (
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -105,6 +106,13 @@ func TestParse(t *testing.T) {
 			t.Errorf("%s is not protected from sandboxes", p)
 		}
 	}
+	c, err = Parse([]byte(good+"audit: {store: {s3: {bucket: evidence, credentials_file: put.ini}}}\n"), "/etc/sallyport")
+	if err != nil || c.Audit.Store.Directory != "" || c.Audit.Store.S3.CredentialsFile != "/etc/sallyport/put.ini" {
+		t.Errorf("s3: %v %+v", err, c.Audit.Store)
+	}
+	if !slices.Contains(c.Docker.ProtectedPaths, "/etc/sallyport/put.ini") || slices.Contains(c.Docker.ProtectedPaths, "") {
+		t.Errorf("s3: protected are %q", c.Docker.ProtectedPaths)
+	}
 	for _, tc := range []struct{ yaml, want string }{
 		{"", "policy.data"},
 		{good + "nosuch: 1\n", "nosuch"},
@@ -117,6 +125,12 @@ func TestParse(t *testing.T) {
 		{good + "logging: {format: xml}\n", "logging.format"},
 		{good + "monitor: {listen: x}\n", "monitor.listen"},
 		{good + "audit: {data: some}\n", "audit.data"},
+		{good + "audit: {store: {directory: a, s3: {bucket: evidence}}}\n", "write one of them"},
+		{good + "audit: {store: {s3: {bucket: evidence}, prune: {max_age: 24h}}}\n", "lifecycle"},
+		{good + "audit: {store: {s3: {bucket: ''}}}\n", "audit.store.s3.bucket"},
+		{good + "audit: {store: {s3: {bucket: evidence, nosuch: 1}}}\n", "nosuch"},
+		{good + "audit: {store: {s3: {bucket: evidence, endpoint: 'http://s3.example.com'}}}\n", "audit.store.s3.endpoint"},
+		{good + "audit: {store: {prune: {max_age: 1s}}}\n", "audit.store.prune.max_age"},
 		{good + "docker: {memory: lots}\n", "docker.memory"},
 		{"policy: {data: a}\npolicy: {data: b}\n", "2:"},
 		{"\tpolicy:", "1:"},

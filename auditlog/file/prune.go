@@ -126,7 +126,9 @@ func storedLogs(ctx context.Context, src *Source) ([]storedLog, error) {
 			return nil, err
 		}
 		for _, name := range l.Foreign {
-			foreign[path.Dir(name)+"/"] = true
+			for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+				foreign[dir+"/"] = true
+			}
 		}
 		if len(l.Segments) == 0 {
 			continue
@@ -142,9 +144,7 @@ func storedLogs(ctx context.Context, src *Source) ([]storedLog, error) {
 		logs = append(logs, sl)
 	}
 	for i := range logs {
-		for dir := range foreign {
-			logs[i].foreign = logs[i].foreign || strings.HasPrefix(dir, logs[i].dir)
-		}
+		logs[i].foreign = foreign[logs[i].dir]
 	}
 	slices.SortStableFunc(logs, func(a, b storedLog) int { return cmp.Or(a.ended.Compare(b.ended), strings.Compare(a.dir, b.dir)) })
 	return logs, nil
@@ -188,7 +188,7 @@ func (s *Store) remove(dir string) error {
 	// Not the topmost (sessions, gate). A Put that makes one of these at this moment fails, and is tried again.
 	for parent := path.Dir(path.Clean(dir)); strings.Contains(parent, "/"); parent = path.Dir(parent) {
 		err := os.Remove(filepath.Join(s.dir, filepath.FromSlash(parent)))
-		if errors.Is(err, fs.ErrExist) || err != nil && notEmpty(s.dir, parent) {
+		if errors.Is(err, fs.ErrExist) { // not empty
 			return nil
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -196,15 +196,4 @@ func (s *Store) remove(dir string) error {
 		}
 	}
 	return nil
-}
-
-// notEmpty says whether a directory holds anything: systems disagree about the error of removing such a one.
-func notEmpty(root, name string) bool {
-	d, err := os.Open(filepath.Join(root, filepath.FromSlash(name)))
-	if err != nil {
-		return false
-	}
-	defer d.Close()
-	_, err = d.Readdirnames(1)
-	return err == nil
 }

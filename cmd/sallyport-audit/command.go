@@ -16,6 +16,7 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/s3"
 )
 
 const storeEnv = "SALLYPORT_LOG"
@@ -23,9 +24,16 @@ const storeEnv = "SALLYPORT_LOG"
 // tool is what all commands share.
 type tool struct {
 	store   string
+	bucket  s3.Config // how to reach a store that is a bucket
 	output  string
 	keyFile string
 	utc     bool
+}
+
+// source is a store that is open for reading.
+type source interface {
+	auditlog.Source
+	io.Closer
 }
 
 func newCommand() *cobra.Command {
@@ -35,13 +43,18 @@ func newCommand() *cobra.Command {
 		Short: "Read and verify the audit logs of a Sallyport gate",
 		Long: `Read and verify the audit logs of a Sallyport gate.
 
-The logs are found in the directory --store, or in $` + storeEnv + `. A session is named by its ID, by the start of
-it if that is unique, or by "latest".
+The logs are found in --store, or in $` + storeEnv + `: a directory, or s3://BUCKET/PREFIX. A session is named by its ID, by
+the start of it if that is unique, or by "latest".
+
+A bucket is read with a credential from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or from a file in AWS's format
+(--credentials-file, AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE). It needs s3:ListBucket on the bucket and s3:GetObject on the
+prefix. AWS_ENDPOINT_URL, AWS_REGION and AWS_CA_BUNDLE are taken where the flags are not given.
 
 Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 		Example: `  sallyport-audit list --store /var/lib/sallyport/log
   sallyport-audit show latest
-  sallyport-audit verify /mnt/evidence --key gate.pub`,
+  sallyport-audit verify /mnt/evidence --key gate.pub
+  sallyport-audit list s3://evidence/gate-1 --endpoint https://s3.example.com`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
@@ -52,7 +65,14 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 		},
 	}
 	f := root.PersistentFlags()
-	f.StringVar(&t.store, "store", "", "directory of the logs (default $"+storeEnv+")")
+	f.StringVar(&t.store, "store", "", "the logs: a directory, or s3://BUCKET/PREFIX (default $"+storeEnv+")")
+	f.StringVar(&t.bucket.Endpoint, "endpoint", "", "URL of the S3 server (default $AWS_ENDPOINT_URL, or AWS's)")
+	f.StringVar(&t.bucket.Region, "region", "", "region of the bucket (default $AWS_REGION, or us-east-1)")
+	f.StringVar(&t.bucket.Lookup, "lookup", "", "where a URL has the bucket: path, dns or auto")
+	f.StringVar(&t.bucket.CAFile, "ca-file", "", "certificates that may have signed the S3 server's (default $AWS_CA_BUNDLE, or the system's)")
+	f.StringVar(&t.bucket.CredentialsFile, "credentials-file", "", "S3 credential in AWS's format (default: the environment's)")
+	f.StringVar(&t.bucket.Profile, "profile", "", "section of that file (default $AWS_PROFILE, or default)")
+	f.BoolVar(&t.bucket.Insecure, "insecure", false, "permit an http:// endpoint on another machine")
 	f.StringVarP(&t.output, "output", "o", "text", "text or json")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
 	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
@@ -78,16 +98,32 @@ func (t *tool) versionCommand() *cobra.Command {
 	}
 }
 
-// open opens the source, from dir if that is not empty.
-func (t *tool) open(dir string) (*file.Source, error) {
-	dir = cmp.Or(dir, t.store, os.Getenv(storeEnv))
+// open opens the source, the store at if that is not empty.
+func (t *tool) open(at string) (source, error) {
+	at = cmp.Or(at, t.store, os.Getenv(storeEnv))
 	switch {
-	case dir == "":
-		return nil, fmt.Errorf("where are the logs? say --store DIR, or set %s", storeEnv)
-	case strings.Contains(dir, "://"):
-		return nil, fmt.Errorf("--store %q: only directories can be read yet", dir)
+	case at == "":
+		return nil, fmt.Errorf("where are the logs? say --store DIR or --store s3://BUCKET/PREFIX, or set %s", storeEnv)
+	case strings.HasPrefix(at, bucketScheme):
+		return t.openBucket(at)
+	case strings.Contains(at, "://"):
+		return nil, fmt.Errorf("--store %q: want a directory or s3://BUCKET/PREFIX", at)
 	}
-	return file.OpenSource(dir)
+	return file.OpenSource(at)
+}
+
+const bucketScheme = "s3://"
+
+func (t *tool) openBucket(url string) (source, error) {
+	cfg := t.bucket
+	var err error
+	if cfg.Bucket, cfg.Prefix, err = s3.ParseURL(url); err != nil {
+		return nil, err
+	}
+	cfg.Endpoint = cmp.Or(cfg.Endpoint, os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"))
+	cfg.Region = cmp.Or(cfg.Region, os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION"))
+	cfg.CAFile = cmp.Or(cfg.CAFile, os.Getenv("AWS_CA_BUNDLE"))
+	return s3.OpenSource(cfg)
 }
 
 func (t *tool) keys() ([]ed25519.PublicKey, error) {

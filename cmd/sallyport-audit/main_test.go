@@ -112,7 +112,7 @@ func TestSample(t *testing.T) {
 		{[]string{"show", "nobody", "--store", sample}, 1, []string{"not there"}},
 		{[]string{"show", "../x", "--store", sample}, 1, []string{"not a session's ID"}},
 		{[]string{"list", "--store", sample + "/none"}, 1, []string{"no such file"}},
-		{[]string{"list", "--store", "s3://bucket"}, 1, []string{"only directories"}},
+		{[]string{"list", "--store", "ftp://bucket"}, 1, []string{"want a directory or"}},
 		{[]string{"list", "-o", "xml"}, 1, []string{"want text or json"}},
 		{[]string{"version"}, 0, []string{"sallyport-audit"}},
 	} {

@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/backends/docker"
 	"github.com/sallyport/sallyport/config"
@@ -75,7 +75,11 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	say("docker", err)
 	_, err = logKey(cfg.Audit.Key)
 	say("log key", err)
-	_, err = file.NewStore(cfg.Audit.Store.Directory)
+	store, err := openStore(cfg.Audit.Store, quiet)
+	if bucket, ok := store.(*s3.Store); ok && err == nil {
+		err = bucket.Check(ctx, cfg.Gate)
+		bucket.Close()
+	}
 	say("store", err)
 	if running {
 		fmt.Fprintf(out, "%-10s a gate runs with this state directory\n", "gate")

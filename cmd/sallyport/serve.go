@@ -25,6 +25,7 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/backends/docker"
 	"github.com/sallyport/sallyport/config"
@@ -90,7 +91,7 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 	}
 	backend, err := docker.New(ctx, cfg.Docker, instance, log)
 	if err != nil {
-		return fmt.Errorf("docker: %w", err)
+		return err
 	}
 	defer backend.Close()
 	stopReaper := background(backend.Run)
@@ -116,7 +117,11 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 	if err != nil {
 		return err
 	}
-	registry.MustRegister(server)
+	registry.MustRegister(server, auditMetrics{audit})
+	if limits := cfg.Audit.Store.Prune; limits.Enabled() {
+		stopPruning := background(func(ctx context.Context) { prune(ctx, cfg.Audit.Store.Directory, limits, audit, log) })
+		defer stopPruning()
+	}
 
 	var draining atomic.Bool
 	ready := func(ctx context.Context) error {
@@ -125,7 +130,7 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 		}
 		return errors.Join(named("policy", policy.Ready()), named("docker", backend.Ready(ctx)), named("audit", audit.Ready()))
 	}
-	stopMonitor, err := monitor(cfg.Monitor.Listen, registry, ready, log)
+	stopMonitor, err := monitor(cfg.Monitor.Listen, registry, ready, func() string { return storeNote(audit) }, log)
 	if err != nil {
 		return err
 	}
@@ -209,11 +214,19 @@ func openLog(ctx context.Context, cfg config.Config, log *slog.Logger) (*auditlo
 	if err != nil {
 		return nil, err
 	}
-	store, err := file.NewStore(cfg.Audit.Store.Directory)
+	store, err := openStore(cfg.Audit.Store, log)
 	if err != nil {
 		return nil, err
 	}
 	return auditlog.Open(ctx, cfg.Audit.Config, key, store, cfg.Gate, log)
+}
+
+// openStore opens the log's store; a bucket is not asked yet whether it is there.
+func openStore(cfg config.Store, log *slog.Logger) (auditlog.Store, error) {
+	if cfg.S3 != nil {
+		return s3.NewStore(*cfg.S3, log)
+	}
+	return file.NewStore(cfg.Directory)
 }
 
 // logKey loads the key that signs the log, and makes it at the first start.
@@ -225,8 +238,8 @@ func logKey(name string) (ed25519.PrivateKey, error) {
 	return key, err
 }
 
-// monitor serves health and metrics on a listener of its own.
-func monitor(addr string, registry *prometheus.Registry, ready func(context.Context) error, log *slog.Logger) (stop func(), err error) {
+// monitor serves health and metrics on a listener of its own. What note says is shown by a gate that is ready all the same.
+func monitor(addr string, registry *prometheus.Registry, ready func(context.Context) error, note func() string, log *slog.Logger) (stop func(), err error) {
 	if addr == "" {
 		return func() {}, nil
 	}
@@ -243,7 +256,7 @@ func monitor(addr string, registry *prometheus.Registry, ready func(context.Cont
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
-		io.WriteString(w, "ok\n")
+		io.WriteString(w, "ok\n"+note())
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	return serveHTTP(l, mux, log, "monitor"), nil

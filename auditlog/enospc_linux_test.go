@@ -1,0 +1,106 @@
+package auditlog_test
+
+import (
+	"crypto/rand"
+	"errors"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+// A disk that is full ends sessions and refuses new ones; when there is room again, they begin, and of the session that
+// was lost all is there that was promised.
+func TestDiskFull(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "disk")
+	must(t, os.Mkdir(dir, 0o700))
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES) {
+		t.Skip("a full disk needs a mount, and that root")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // detached: a test that failed half-way has files open there
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	inner, stored := newStore(t)
+	store := &brokenStore{Store: inner}
+	store.broken.Store(true)
+	cfg := fastConfig(t.TempDir())
+	cfg.Spool = filepath.Join(dir, "spool")
+	cfg.SegmentBytes = 64 << 10
+	cfg.Codec = "none"
+	l := openGate(t, cfg, store)
+	r := l.New("s1")
+	login(t, r)
+	must(t, r.Begin())
+	chunk := make([]byte, 8<<10)
+	rand.Read(chunk)
+	synced := 0 // chunks that were promised
+	for end := time.Now().Add(20 * time.Second); ; {
+		err := r.Record(1, &auditlog.Data{Stream: auditlog.Output, Data: chunk})
+		if err == nil {
+			err = r.Sync(t.Context())
+		}
+		if err != nil {
+			if !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("lost by %v", err)
+			}
+			break
+		}
+		synced++
+		if time.Now().After(end) {
+			t.Fatal("a megabyte never fills")
+		}
+	}
+	<-r.Lost()
+	if synced < 64 {
+		t.Errorf("full after %d chunks of 8 KiB", synced)
+	}
+	if err := l.Ready(); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("ready: %v", err)
+	}
+	if r.Close(&auditlog.End{Cause: "audit-lost"}) == nil {
+		t.Error("close of a lost log said nothing")
+	}
+	refused := l.New("s2")
+	login(t, refused)
+	if err := refused.Begin(); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("begin: %v", err)
+	}
+	must(t, refused.Close(&auditlog.End{Cause: "refused"}))
+
+	store.broken.Store(false)
+	waitFor(t, func() bool { return l.Ready() == nil })
+	after := l.New("s3")
+	login(t, after)
+	must(t, after.Begin())
+	must(t, after.Close(&auditlog.End{Cause: "client-left"}))
+	closeLog(t, l)
+	closeLog(t, openGate(t, cfg, store)) // seals s1
+	src := source(t, stored)
+	states := map[string]auditlog.State{}
+	for _, log := range logs(t, src, auditlog.SessionPrefix) {
+		recs, rep := readAll(t, src, log)
+		states[rep.ID] = rep.State
+		if rep.ID != "s1" {
+			continue
+		}
+		n := 0
+		for _, rec := range recs {
+			if _, ok := rec.Body.(*auditlog.Data); ok {
+				n++
+			}
+		}
+		if n < synced {
+			t.Errorf("%d chunks are there, %d were promised", n, synced)
+		}
+	}
+	if states["s1"] != auditlog.Interrupted || states["s3"] != auditlog.Sealed || len(states) != 2 {
+		t.Errorf("%v", states)
+	}
+}
