@@ -99,7 +99,7 @@ type Owner struct {
 	User    string    `json:"user"`    // proven identity
 	Profile string    `json:"profile"`
 	Grant   string    `json:"grant"`   // ticket
-	Expires time.Time `json:"expires"` // the grant's end; the sandbox ends by itself soon after
+	Expires time.Time `json:"expires"` // the latest end there can be; the sandbox ends by itself soon after
 }
 
 // Info says what a backend started.

@@ -149,6 +149,7 @@ func Load(file string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("config %s: %w", file, err)
 	}
+	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, filepath.Join(dir, filepath.Base(file)))
 	return c, nil
 }
 

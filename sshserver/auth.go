@@ -26,6 +26,8 @@ const minRSA = 2048
 
 const policyTimeout = 5 * time.Second
 
+const refusedTime = 2 * time.Second // for a refused client to read why and leave
+
 var (
 	errKeyNotKnown = errors.New("the key is not one of this user's")
 	errRefused     = errors.New("refused by policy")
@@ -51,7 +53,7 @@ var (
 )
 
 // serverConfig is x/crypto's configuration for this connection.
-func (c *conn) serverConfig() *ssh.ServerConfig {
+func (c *conn) serverConfig(wire *lockstep) *ssh.ServerConfig {
 	cfg := &ssh.ServerConfig{
 		Config:                    ssh.Config{KeyExchanges: keyExchanges, Ciphers: ciphers, MACs: macs},
 		PublicKeyAuthAlgorithms:   userKeys,
@@ -59,7 +61,7 @@ func (c *conn) serverConfig() *ssh.ServerConfig {
 		PublicKeyCallback:         c.offer,
 		VerifiedPublicKeyCallback: c.proven,
 		ServerVersion:             "SSH-2.0-Sallyport",
-		PreAuthConnCallback:       func(pre ssh.ServerPreAuthConn) { c.pre = pre; c.handshake(pre) },
+		PreAuthConnCallback:       func(pre ssh.ServerPreAuthConn) { c.pre = pre; wire.release(); c.handshake(pre) },
 		AuthLogCallback:           c.authLog,
 	}
 	for _, k := range c.s.HostKeys {
@@ -99,6 +101,9 @@ func (c *conn) authLog(m ssh.ConnMetadata, method string, err error) {
 
 // offer answers whether a key is worth a signature: it must stand in the data for the user. The key is not proven.
 func (c *conn) offer(m ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
+	if c.authError != nil { // requests that a client sent without waiting for answers
+		return nil, errRefused
+	}
 	rec := auditlog.Authenticate{
 		User: authz.Printable(m.User(), 64), Method: "publickey", KeyType: key.Type(), Fingerprint: ssh.FingerprintSHA256(key),
 	}
@@ -150,6 +155,9 @@ func authzKey(key ssh.PublicKey) authz.Key {
 // proven is called when the client has signed with key. Who they are comes from nothing but this key and the name it
 // was proven for.
 func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions, _ string) (*ssh.Permissions, error) {
+	if c.authError != nil {
+		return nil, errRefused
+	}
 	user, choice, err := authz.ParseUser(m.User())
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errRefused, err) // offer has refused it already
@@ -183,6 +191,11 @@ func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions,
 	spec, err := specOf(c.s.Gate, c.id, user, d)
 	if err != nil {
 		return nil, c.refuse("refused", &UserError{Text: "the profile " + d.Profile + " is not valid: tell an operator", Err: err})
+	}
+	// A grant may be extended while it runs: the gate watches its end, and the sandbox's own deadline is the last belt.
+	spec.Owner.Expires = d.NotAfter.Add(24 * time.Hour)
+	if m := narrower(c.s.Config.MaxDuration, d.Permit.MaxDuration); m > 0 {
+		spec.Owner.Expires = c.started.Add(m)
 	}
 	if !c.s.proven(c) {
 		return nil, c.refuse("refused", &UserError{Text: fmt.Sprintf(
@@ -228,6 +241,7 @@ func (c *conn) recordDecision(in authz.LoginInput, d authz.Login) error {
 // other key would fare better. Without it x/crypto lets the client try on.
 func (c *conn) refuse(word string, why *UserError) error {
 	c.authError = &cause{word: word, detail: why}
+	c.nc.SetReadDeadline(time.Now().Add(refusedTime))
 	c.s.Metrics.logins.WithLabelValues("refused").Inc()
 	lines := strings.Split(why.Text, "\n")
 	for i := range lines {

@@ -70,6 +70,7 @@ type conn struct {
 	authError *cause // a proven key was refused
 	sc        *ssh.ServerConn
 
+	heard  atomic.Bool  // the client has sent something since keepAlive looked
 	active atomic.Int64 // time of the last traffic, Unix nanoseconds
 
 	sandboxDone chan struct{} // closed when the start has ended; then sandbox or sandboxErr is set
@@ -88,7 +89,7 @@ type conn struct {
 func newConn(s *Server, nc net.Conn, source netip.Addr) *conn {
 	now := time.Now()
 	c := &conn{
-		s: s, id: newID(now), nc: nc, source: source, started: now, waiting: true,
+		s: s, id: newID(now), nc: newBatchConn(nc), source: source, started: now, waiting: true,
 		limit: rate.NewLimiter(requestRate, requestBurst), sessions: map[uint32]*session{},
 	}
 	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
@@ -127,14 +128,22 @@ func (c *conn) run() {
 	// A key exchange that stands still would hold the connection past its end otherwise.
 	stop := context.AfterFunc(c.ctx, func() { c.nc.Close() })
 	c.nc.SetDeadline(time.Now().Add(c.s.Config.LoginGraceTime))
-	sc, channels, requests, err := ssh.NewServerConn(c.nc, c.serverConfig())
+	wire := newLockstep(c.nc, &c.heard)
+	sc, channels, requests, err := ssh.NewServerConn(wire, c.serverConfig(wire))
 	if err != nil {
 		stop()
+		wire.Close()
+		if c.pre != nil && !drain(c.pre) {
+			c.s.Slog.Error("a failed handshake could not be cleaned up", "connection", c.id)
+		}
 		c.end(c.handshakeCause(err))
 		return
 	}
 	if !stop() {
 		sc.Close()
+		go ssh.DiscardRequests(requests)
+		for range channels {
+		}
 		return
 	}
 	c.nc.SetDeadline(time.Time{})
@@ -286,7 +295,7 @@ func (c *conn) timers(said *time.Duration) time.Duration {
 	c.mu.Lock()
 	d := c.decision
 	c.mu.Unlock()
-	next := time.Hour
+	next := 10 * time.Second // timers run on another clock than grants
 	at := func(t time.Time, why *cause, announce bool) {
 		left := t.Sub(now)
 		if left <= 0 {
@@ -367,8 +376,10 @@ func (c *conn) reevaluate() {
 	in.Choice = old.Ticket
 	var d authz.Login
 	var err error
+	ctx, cancel := context.WithDeadline(c.ctx, old.NotAfter) // the end comes on time, whatever policy does
+	defer cancel()
 	for range 2 { // one failure may be a machine that is busy
-		if d, err = c.askLogin(c.ctx, in); err == nil {
+		if d, err = c.askLogin(ctx, in); err == nil || ctx.Err() != nil {
 			break
 		}
 	}
@@ -377,6 +388,8 @@ func (c *conn) reevaluate() {
 	}
 	why := &cause{word: "revoked", text: "the grant " + old.Ticket + " has been taken back"}
 	switch {
+	case err != nil && !time.Now().Before(old.NotAfter):
+		why = &cause{word: "expired", text: "the grant " + old.Ticket + " has ended"}
 	case err != nil:
 		why.detail, why.text = err, "policy can't be asked any more"
 	case !d.Allow:
@@ -387,6 +400,10 @@ func (c *conn) reevaluate() {
 	case d.Profile != old.Profile:
 		why.detail = fmt.Errorf("the grant's profile changed from %s to %s", old.Profile, d.Profile)
 	default:
+		if _, err := specOf(c.s.Gate, c.id, in.User, d); err != nil {
+			why.text, why.detail = "the profile "+d.Profile+" is not valid any more", err
+			break
+		}
 		c.mu.Lock()
 		c.decision = d
 		c.mu.Unlock()
@@ -414,6 +431,12 @@ func (c *conn) keepAlive() {
 		case <-answered:
 			missed, asking = 0, false
 		case <-tick.C:
+			if c.heard.Swap(false) {
+				missed = 0 // its answer may wait behind much else on a slow line
+				if asking {
+					continue
+				}
+			}
 			if asking {
 				if missed++; missed >= c.s.Config.KeepAliveCount {
 					c.end(&cause{word: "client-left", detail: errors.New("keepalives went unanswered")})
@@ -433,6 +456,10 @@ func (c *conn) keepAlive() {
 
 // globalRequests answers the requests that concern the whole connection.
 func (c *conn) globalRequests(requests <-chan *ssh.Request) {
+	defer func() {
+		for range requests { // x/crypto's reader waits for a taker, also after the connection is closed
+		}
+	}()
 	for req := range requests {
 		if c.limit.Wait(c.ctx) != nil {
 			return // x/crypto drops what is left when the connection is closed
@@ -468,6 +495,10 @@ func (c *conn) globalRequests(requests <-chan *ssh.Request) {
 
 // newChannels opens session channels and refuses all others.
 func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
+	defer func() {
+		for range channels { // as in globalRequests
+		}
+	}()
 	for nc := range channels {
 		if c.limit.Wait(c.ctx) != nil {
 			return
@@ -562,17 +593,23 @@ func (c *conn) finish() {
 	}
 	c.nc.Close()
 	if c.sandboxDone != nil {
-		<-c.sandboxDone // Backend.Start ends with its context
-		if c.sandboxErr != nil && why.word == "client-left" {
-			why = &cause{word: "sandbox-failed", detail: c.sandboxErr}
-		}
-		if c.sandbox != nil {
-			ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-			if err := c.sandbox.Close(ctx); err != nil {
-				c.s.Slog.Error("sandbox removal", "connection", c.id, "sandbox", c.sandbox.ID(), "error", err)
+		removed := make(chan struct{})
+		go func() {
+			defer close(removed)
+			defer c.contain()
+			c.removeSandbox()
+		}()
+		timer := time.NewTimer(2 * closeTimeout)
+		select {
+		case <-removed:
+			if c.sandboxErr != nil && why.word == "client-left" {
+				why = &cause{word: "sandbox-failed", detail: c.sandboxErr}
 			}
-			cancel()
+		case <-timer.C:
+			// Said, not waited for: the removal goes on, and the backend's reaper comes after it.
+			c.s.Slog.Error("a sandbox's start or removal does not end", "connection", c.id)
 		}
+		timer.Stop()
 	}
 	done := make(chan struct{})
 	go func() { c.wg.Wait(); close(done) }()
@@ -595,6 +632,19 @@ func (c *conn) finish() {
 	c.s.Slog.Info("connection ended", "connection", c.id, "source", c.source.String(),
 		"user", authz.Printable(c.login.User, 64), "cause", why.word, "detail", end.Detail,
 		"took", time.Since(c.started).Round(time.Millisecond).String())
+}
+
+// removeSandbox waits for the start's end, and removes what it started.
+func (c *conn) removeSandbox() {
+	<-c.sandboxDone
+	if c.sandbox == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	if err := c.sandbox.Close(ctx); err != nil {
+		c.s.Slog.Error("sandbox removal", "connection", c.id, "sandbox", c.sandbox.ID(), "error", err)
+	}
 }
 
 func (c *conn) info() SessionInfo {

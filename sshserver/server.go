@@ -139,8 +139,8 @@ type Server struct {
 
 	mu        sync.Mutex // guards what follows
 	draining  bool
-	drain     chan struct{} // closed when draining begins
-	startups  map[netip.Addr]int
+	drain     chan struct{}      // closed when draining begins
+	startups  map[netip.Addr]int // by network
 	unproven  int
 	conns     map[string]*conn
 	users     map[string]int // sessions by user
@@ -212,7 +212,7 @@ func (s *Server) take(nc net.Conn) {
 		why = "shutdown"
 	case s.unproven >= s.Config.MaxStartups:
 		why = "too many connections that have not authenticated (max_startups)"
-	case s.startups[source] >= s.Config.MaxStartupsPerSource:
+	case s.startups[network(source)] >= s.Config.MaxStartupsPerSource:
 		why = "too many connections from this address that have not authenticated (max_startups_per_source)"
 	case len(s.conns) >= s.Config.MaxSessions:
 		why = "too many connections (max_sessions)"
@@ -228,7 +228,7 @@ func (s *Server) take(nc net.Conn) {
 		return
 	}
 	s.unproven++
-	s.startups[source]++
+	s.startups[network(source)]++
 	c := newConn(s, nc, source)
 	s.conns[c.id] = c
 	s.wg.Add(1)
@@ -244,10 +244,10 @@ func (s *Server) take(nc net.Conn) {
 func (s *Server) proven(c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.authenticatedLocked(c)
 	if s.users[c.login.User] >= s.Config.MaxSessionsPerUser {
-		return false
+		return false // it still counts among those that wait, until it is closed
 	}
+	s.authenticatedLocked(c)
 	s.users[c.login.User]++
 	c.counted = c.login.User
 	return true
@@ -257,8 +257,9 @@ func (s *Server) authenticatedLocked(c *conn) {
 	if c.waiting {
 		c.waiting = false
 		s.unproven--
-		if s.startups[c.source]--; s.startups[c.source] <= 0 {
-			delete(s.startups, c.source)
+		n := network(c.source)
+		if s.startups[n]--; s.startups[n] <= 0 {
+			delete(s.startups, n)
 		}
 	}
 }
@@ -361,6 +362,16 @@ func sourceOf(nc net.Conn) netip.Addr {
 		return a.AddrPort().Addr().Unmap()
 	}
 	return netip.Addr{}
+}
+
+// network is what startups are counted by: an address, or the network of an IPv6 customer.
+func network(addr netip.Addr) netip.Addr {
+	if addr.Is6() && !addr.IsLoopback() {
+		if p, err := addr.WithZone("").Prefix(64); err == nil {
+			return p.Addr()
+		}
+	}
+	return addr
 }
 
 var idEncoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -20,7 +19,6 @@ import (
 const (
 	maxEnv      = 64  // variables a channel may set
 	failureCode = 255 // exit status where no program ran, as ssh itself has for its own failures
-	closeWait   = 10 * time.Second
 )
 
 // session is one session channel (RFC 4254, section 6). Its requests are read in order by serve; the one process it may
@@ -57,7 +55,7 @@ func newSession(c *conn, id uint32, ch ssh.Channel) *session {
 
 // serve reads the channel's requests until it is closed.
 func (s *session) serve(reqs <-chan *ssh.Request) {
-	defer s.close()
+	defer s.close(reqs)
 	for req := range reqs {
 		if s.c.limit.Wait(s.ctx) != nil {
 			return
@@ -69,13 +67,16 @@ func (s *session) serve(reqs <-chan *ssh.Request) {
 	}
 }
 
-func (s *session) close() {
+func (s *session) close(reqs <-chan *ssh.Request) {
 	s.cancel()
 	s.ch.Close()
 	s.process.Wait()
 	s.inMu.Lock()
 	s.inClosed = true
 	s.inMu.Unlock()
+	// The channel takes its place, and what the client sends its memory, until the client has closed it too.
+	for range reqs {
+	}
 	s.c.record(s.id, &auditlog.ChannelClose{Input: s.in.Load(), Output: s.out.Load(), Error: s.err.Load()})
 	s.c.mu.Lock()
 	delete(s.c.sessions, s.id)
@@ -98,9 +99,17 @@ func (s *session) request(req *ssh.Request) bool {
 		return false
 	}
 	isProgram := req.Type == "shell" || req.Type == "exec" || req.Type == "subsystem"
-	if err != nil && isProgram && !s.started {
-		// The client's own words are only "request failed on channel 0".
-		io.WriteString(s.ch.Stderr(), "sallyport: "+userText(err, s.c.id)+"\r\n")
+	var refused *UserError
+	if isProgram && !s.started && errors.As(err, &refused) {
+		// OpenSSH's client leaves at a failure without having shown what came before it; so the program "runs", says why
+		// it may not, and fails.
+		if req.WantReply {
+			req.Reply(true, nil)
+		}
+		s.started = true
+		s.fail(err)
+		s.finish(exitStatusMsg{failureCode})
+		return true // until the client closes the channel
 	}
 	if req.WantReply {
 		req.Reply(err == nil, nil)
@@ -361,26 +370,31 @@ func (s *session) fail(err error) {
 	}
 }
 
-// exit ends the channel in the order of RFC 4254, section 6.10: output, EOF, exit status or signal, close.
+// exit records how the program ended, and ends the channel.
 func (s *session) exit(e auditlog.Exit) {
 	s.c.record(s.id, &e)
-	s.ch.CloseWrite()
 	if e.Signal != "" {
-		s.ch.SendRequest("exit-signal", false, ssh.Marshal(exitSignalMsg{
-			Signal: e.Signal, CoreDumped: e.Core, Message: e.Error,
-		}))
+		s.finish(exitSignalMsg{Signal: e.Signal, CoreDumped: e.Core, Message: e.Error})
 	} else {
-		s.ch.SendRequest("exit-status", false, ssh.Marshal(exitStatusMsg{e.Code}))
+		s.finish(exitStatusMsg{e.Code})
 	}
+}
+
+// finish ends the channel in the order of RFC 4254, section 6.10: output, EOF, exit status or signal, close. The channel
+// keeps its place until the client has closed it too (close).
+func (s *session) finish(how any) {
+	if s.screen != nil {
+		s.screen.mu.Lock() // a notice may be on its way; none comes after the EOF
+		s.screen.ended = true
+		s.screen.mu.Unlock()
+	}
+	s.ch.CloseWrite()
+	name := "exit-status"
+	if _, ok := how.(exitSignalMsg); ok {
+		name = "exit-signal"
+	}
+	s.ch.SendRequest(name, false, ssh.Marshal(how))
 	s.ch.Close()
-	// A client that never answers the close would hold the channel's goroutines; it loses the connection.
-	time.AfterFunc(closeWait, func() {
-		select {
-		case <-s.ctx.Done():
-		default:
-			s.c.end(&cause{word: "protocol-error", detail: errors.New("the client did not close a channel that had ended")})
-		}
-	})
 }
 
 // notice writes a line of the gate's own to the terminal; it is recorded as the output it is.
@@ -415,12 +429,16 @@ type outlet struct {
 	n      *atomic.Uint64
 	line   *lastLine // of a terminal
 
-	mu sync.Mutex // one writer at a time: a notice must not stand in the middle of a record
+	mu    sync.Mutex // one writer at a time: a notice must not stand in the middle of a record; guards ended
+	ended bool       // the stream's EOF has been sent
 }
 
 func (o *outlet) Write(p []byte) (int, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.ended {
+		return 0, io.ErrClosedPipe
+	}
 	o.s.c.touch()
 	if o.line != nil {
 		o.line.add(p)
@@ -471,7 +489,9 @@ func (s *session) typed(out *outlet) (io.Reader, func(int, backends.TerminalStat
 		return touched, nil, func() {}
 	}
 	out.line = &lastLine{}
-	t := newTyped(touched, out.line, func(data []byte, hidden bool) {
+	t := newTyped(touched, out.line, func(detail string) {
+		s.c.record(s.id, &auditlog.Alert{Name: "hidden-input", Detail: detail})
+	}, func(data []byte, hidden bool) {
 		s.c.recordInput(s.id, &auditlog.Data{Stream: auditlog.Input, Data: data, Hidden: hidden})
 		s.in.Add(uint64(len(data)))
 	})

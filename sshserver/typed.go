@@ -21,6 +21,8 @@ const (
 	typedWait  = time.Second // for the agent's word on the terminal's state
 	maxPending = 64 << 10    // typed bytes that wait for it
 	maxLine    = 512         // of the output's last line
+	maxHidden  = 6           // lines in a row; a password is asked for three times, a new one twice
+	maxSecret  = 1 << 10     // bytes of one
 )
 
 // typed is the input of a terminal on its way to the log. Bytes wait until the agent has said how the terminal stood
@@ -30,6 +32,7 @@ const (
 type typed struct {
 	r      io.Reader
 	record func(data []byte, hidden bool)
+	alert  func(detail string) // input was hidden that may be more than a password
 	line   *lastLine
 
 	mu      sync.Mutex // guards what follows; held over record, so that the order stays
@@ -37,6 +40,9 @@ type typed struct {
 	size    int
 	late    int  // bytes recorded without an answer, whose answer is still to come
 	hiding  bool // a marker stands for what is being typed
+	hidden  int  // lines hidden since the last byte that was not
+	length  int  // bytes of the line being hidden
+	alerted [2]bool
 	timer   *time.Timer
 	closed  bool
 }
@@ -47,8 +53,8 @@ type chunk struct {
 	prompt bool // the output's last line was a password prompt when these bytes came
 }
 
-func newTyped(r io.Reader, line *lastLine, record func([]byte, bool)) *typed {
-	return &typed{r: r, record: record, line: line}
+func newTyped(r io.Reader, line *lastLine, alert func(string), record func([]byte, bool)) *typed {
+	return &typed{r: r, record: record, alert: alert, line: line}
 }
 
 // Read is the process's stdin.
@@ -56,7 +62,7 @@ func (t *typed) Read(p []byte) (int, error) {
 	n, err := t.r.Read(p)
 	if n > 0 {
 		t.mu.Lock()
-		t.pending = append(t.pending, chunk{bytes.Clone(p[:n]), time.Now(), t.line.prompt()})
+		t.pending = append(t.pending, chunk{bytes.Clone(p[:n]), time.Now(), t.line.answer(p[:n])})
 		t.size += n
 		for t.size > maxPending {
 			t.flushLocked(len(t.pending[0].data))
@@ -78,24 +84,45 @@ func (t *typed) wrote(n int, state backends.TerminalState) {
 		c := &t.pending[0]
 		k := min(n, len(c.data))
 		hide := !state.Echo && (state.Canonical || c.prompt)
-		t.putLocked(c.data[:k], hide)
+		t.putLocked(c.data[:k], hide, c.prompt)
 		t.takeLocked(k)
 		n -= k
 	}
 	t.armLocked()
 }
 
-func (t *typed) putLocked(data []byte, hide bool) {
+// putLocked records bytes, or the marker for them. Nothing tells a password from a command that is typed into a shell with
+// ECHO off; so what is hidden without a prompt on the screen, and more than anyone's passwords, is told to the auditor.
+func (t *typed) putLocked(data []byte, hide, prompt bool) {
 	if !hide {
+		t.hiding, t.hidden, t.length = false, 0, 0
+		t.record(data, false)
+		return
+	}
+	if t.length += len(data); t.hidden >= maxHidden || t.length > maxSecret {
+		// Nobody types so many passwords: a shell that reads with ECHO off must not work unseen.
+		if !t.alerted[1] {
+			t.alerted[1] = true
+			t.alert("more was typed with ECHO off than passwords take; it is recorded from here on")
+		}
 		t.hiding = false
 		t.record(data, false)
 		return
+	}
+	if !prompt && !t.alerted[0] {
+		t.alerted[0] = true
+		t.alert("input was hidden for ECHO off, with no password prompt on the screen")
 	}
 	if !t.hiding {
 		t.record(nil, true)
 	}
 	// One marker for one answer, however many keys it took: their number is not to be told.
-	t.hiding = bytes.IndexAny(data, "\r\n") < 0
+	if n := bytes.Count(data, []byte{'\r'}) + bytes.Count(data, []byte{'\n'}); n > 0 {
+		t.hiding, t.length = false, 0
+		t.hidden += n
+	} else {
+		t.hiding = true
+	}
 }
 
 func (t *typed) takeLocked(k int) {
@@ -151,6 +178,10 @@ func (t *typed) close() {
 		return
 	}
 	for len(t.pending) > 0 {
+		if t.hiding { // the rest of what a marker stands for
+			t.takeLocked(len(t.pending[0].data))
+			continue
+		}
 		t.flushLocked(len(t.pending[0].data))
 	}
 	t.closed = true
@@ -159,15 +190,16 @@ func (t *typed) close() {
 
 // lastLine keeps the end of a terminal's output, to tell a password prompt.
 type lastLine struct {
-	mu  sync.Mutex // guards buf
-	buf []byte
+	mu    sync.Mutex // guards what follows
+	buf   []byte
+	typed bool // something was typed into the line that was no answer to a prompt: what it ends with may be an echo
 }
 
 func (l *lastLine) add(p []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if i := bytes.LastIndexByte(p, '\n'); i >= 0 {
-		l.buf, p = l.buf[:0], p[i+1:]
+		l.buf, p, l.typed = l.buf[:0], p[i+1:], false
 	}
 	if len(p) > maxLine {
 		l.buf, p = l.buf[:0], p[len(p)-maxLine:]
@@ -180,11 +212,19 @@ func (l *lastLine) add(p []byte) {
 
 var (
 	escapes = regexp.MustCompile("\x1b(\\[[0-9;?]*[ -/]*[@-~]|\\][^\x07\x1b]*(\x07|\x1b\\\\)?|[@-Z\\\\^_=>])")
-	prompts = regexp.MustCompile(`(?i)(pass(word|phrase|code)|\bpin\b|secret|otp|verification code|token)[^:?>\r]*[:?>][ \t]*$`)
+	prompts = regexp.MustCompile(`(?i)(^|[^\pL\pN])(pass(word|wort|phrase|code)|mot de passe|pin|otp|(verification|mfa|one-time) code|` +
+		`(api|unseal|secret|access|recovery) key|secret|token)([^\pL\pN].{0,200})?[:?][ \t]*[*•\x08 ]*$`)
 )
 
-func (l *lastLine) prompt() bool {
+// answer reports whether p, which is being typed, answers a password prompt.
+func (l *lastLine) answer(p []byte) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return prompts.Match(escapes.ReplaceAll(l.buf, nil))
+	if !l.typed && prompts.Match(escapes.ReplaceAll(l.buf, nil)) {
+		return true
+	}
+	if len(bytes.Trim(p, "\r\n")) > 0 {
+		l.typed = true
+	}
+	return false
 }

@@ -12,6 +12,8 @@ import (
 	"github.com/sallyport/sallyport/backends"
 )
 
+func quiet(string) {}
+
 // recorded is what a typed has put in the log: bytes as they are, a marker as [*].
 type recorded struct{ bytes.Buffer }
 
@@ -42,13 +44,18 @@ func TestTyped(t *testing.T) {
 		{"coloured prompt", "\x1b[1mPassword:\x1b[0m ", "x\r", readline, "[*]"},
 		{"ssh", "alice@db's password: ", "x\r", readline, "[*]"},
 		{"passphrase", "Enter passphrase for key '/home/a/.ssh/id': ", "x\r", readline, "[*]"},
+		{"sudo with feedback", "[sudo] password for bob: ****", "rest\r", readline, "[*]"},
+		{"git", "Password for 'https://bob@example.com': ", "x\r", readline, "[*]"},
+		{"a code", "MFA code: ", "123456\r", readline, "[*]"},
+		{"vault", "Unseal Key (will be hidden): ", "x\r", readline, "[*]"},
+		{"psql on a database of that name", "tokens=> ", "select 1;\r", readline, "select 1;\r"},
 		{"a line that only speaks of passwords", "the password was wrong\r\n$ ", "ls\r", readline, "ls\r"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			line := &lastLine{}
 			line.add([]byte("earlier\r\n" + tc.screen))
 			var rec recorded
-			r := newTyped(strings.NewReader(tc.typed), line, rec.put)
+			r := newTyped(strings.NewReader(tc.typed), line, quiet, rec.put)
 			b, err := io.ReadAll(r)
 			if err != nil || string(b) != tc.typed {
 				t.Fatalf("passed %q, %v; want all of %q", b, err, tc.typed)
@@ -67,7 +74,7 @@ func TestTyped(t *testing.T) {
 // A password's length must not show, and two passwords are two markers.
 func TestTypedMarkers(t *testing.T) {
 	var rec recorded
-	r := newTyped(strings.NewReader("short\rmuch longer one\rls\r"), &lastLine{}, rec.put)
+	r := newTyped(strings.NewReader("short\rmuch longer one\rls\r"), &lastLine{}, quiet, rec.put)
 	io.ReadAll(r)
 	for range len("short\rmuch longer one\r") {
 		r.wrote(1, backends.TerminalState{Canonical: true})
@@ -84,7 +91,7 @@ func TestTypedLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var rec recorded
 		in, w := io.Pipe()
-		r := newTyped(in, &lastLine{}, rec.put)
+		r := newTyped(in, &lastLine{}, quiet, rec.put)
 		read := func(s string) {
 			go fmt.Fprint(w, s)
 			io.ReadFull(r, make([]byte, len(s)))
@@ -114,7 +121,7 @@ func TestTypedLate(t *testing.T) {
 // What waits for the agent's word is bounded.
 func TestTypedBounded(t *testing.T) {
 	var rec recorded
-	r := newTyped(bytes.NewReader(make([]byte, 1<<20)), &lastLine{}, rec.put)
+	r := newTyped(bytes.NewReader(make([]byte, 1<<20)), &lastLine{}, quiet, rec.put)
 	io.Copy(io.Discard, r)
 	if r.size > maxPending {
 		t.Errorf("%d bytes wait, more than %d", r.size, maxPending)
@@ -122,5 +129,40 @@ func TestTypedBounded(t *testing.T) {
 	r.close()
 	if rec.Len() != 1<<20 {
 		t.Errorf("recorded %d bytes, want all", rec.Len())
+	}
+}
+
+// A shell that reads with ECHO off must not work unseen: the auditor is told, and from some point on it is recorded.
+func TestTypedAlerts(t *testing.T) {
+	for _, tc := range []struct {
+		name, screen string
+		lines        int
+		alerts       int
+		last         bool // the last line is recorded
+	}{
+		{"a password at its prompt", "Password: ", 1, 0, false},
+		{"three tries", "Password: ", 3, 0, false},
+		{"no prompt", "", 1, 1, false},
+		{"a hidden shell", "", maxHidden + 2, 2, true},
+		{"a hidden shell that asks for passwords", "password: ", maxHidden + 2, 1, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var rec recorded
+			alerts := 0
+			in, w := io.Pipe()
+			line := &lastLine{}
+			r := newTyped(in, line, func(string) { alerts++ }, rec.put)
+			for i := range tc.lines {
+				line.add([]byte("\r\n" + tc.screen))
+				text := fmt.Sprintf("line%d\r", i)
+				go fmt.Fprint(w, text)
+				io.ReadFull(r, make([]byte, len(text)))
+				r.wrote(len(text), backends.TerminalState{Canonical: true})
+			}
+			r.close()
+			if alerts != tc.alerts || strings.Contains(rec.String(), fmt.Sprintf("line%d", tc.lines-1)) != tc.last {
+				t.Errorf("%d alerts, recorded %q; want %d alerts, the last line recorded: %v", alerts, rec.String(), tc.alerts, tc.last)
+			}
+		})
 	}
 }

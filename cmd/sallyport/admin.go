@@ -25,9 +25,18 @@ import (
 
 // admin serves the operator's socket, which only the gate's own user can open: mode 0600 in a directory of mode 0700.
 func admin(socket string, server *sshserver.Server, policy *authz.Engine, log *slog.Logger) (stop func(), err error) {
-	// The state directory is locked, so a socket that lies here is a dead gate's.
-	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("admin: %w", err)
+	// The state directory is locked, so a socket that lies here is a dead gate's; anything else is not ours to remove.
+	if st, err := os.Lstat(socket); err == nil {
+		if st.Mode().Type() != fs.ModeSocket {
+			return nil, fmt.Errorf("admin: %s is there and no socket: choose another admin.socket", socket)
+		}
+		if nc, err := net.DialTimeout("unix", socket, time.Second); err == nil {
+			nc.Close()
+			return nil, fmt.Errorf("admin: another program answers on %s: choose another admin.socket", socket)
+		}
+		if err := os.Remove(socket); err != nil {
+			return nil, fmt.Errorf("admin: %w", err)
+		}
 	}
 	l, err := net.Listen("unix", socket)
 	if err != nil {

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/backends/docker"
@@ -50,14 +52,20 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	stateErr := cfg.MakeState()
 	running := false
 	if stateErr == nil {
-		if unlock, err := lockState(cfg.State); err == nil {
+		switch unlock, err := lockState(cfg.State); {
+		case err == nil:
 			unlock()
-		} else {
+		case errors.Is(err, errStateInUse):
 			running = true
+		default:
+			stateErr = err
 		}
 	}
 	say("state", stateErr)
-	_, err = sshserver.LoadHostKeys(cfg.SSH.HostKeys, cfg.SSH.CreateHostKeys)
+	_, err = sshserver.LoadHostKeys(cfg.SSH.HostKeys, false)
+	if cfg.SSH.CreateHostKeys && errors.Is(err, fs.ErrNotExist) {
+		err = nil // made by the first start, under the gate's own user
+	}
 	say("host keys", err)
 	policy, err := authz.Open(cfg.Policy, quiet)
 	if err == nil {
@@ -73,7 +81,10 @@ func check(ctx context.Context, name string, out io.Writer) error {
 		backend.Close()
 	}
 	say("docker", err)
-	_, err = logKey(cfg.Audit.Key)
+	_, err = auditlog.LoadKey(cfg.Audit.Key)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil // as the host keys
+	}
 	say("log key", err)
 	store, err := openStore(cfg.Audit.Store, quiet)
 	if bucket, ok := store.(*s3.Store); ok && err == nil {

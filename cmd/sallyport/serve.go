@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -154,7 +155,10 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 		log.Info("draining", "time", cfg.SSH.DrainTime.String())
 	}
 	draining.Store(true)
-	server.Shutdown(context.Background())
+	// A second signal ends the drain time.
+	again, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	server.Shutdown(again)
 	return err
 }
 
@@ -173,6 +177,8 @@ func named(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
+var errStateInUse = errors.New("another gate uses the state directory")
+
 // lockState sees to it that one gate has a state directory.
 func lockState(dir string) (unlock func(), err error) {
 	name := filepath.Join(dir, "lock")
@@ -183,7 +189,7 @@ func lockState(dir string) (unlock func(), err error) {
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("state: another gate uses %s: stop it, or give this one a directory of its own", dir)
+			return nil, fmt.Errorf("state: %w: stop it, or give this one a directory other than %s", errStateInUse, dir)
 		}
 		return nil, fmt.Errorf("state: lock %s: %w", name, err)
 	}
