@@ -48,7 +48,8 @@ func (e *engine) close() error {
 }
 
 func (e *engine) list(ctx context.Context, label string) ([]container.Summary, error) {
-	return e.api.ContainerList(ctx, container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", label))})
+	only := filters.NewArgs(filters.Arg("label", label))
+	return e.api.ContainerList(ctx, container.ListOptions{All: true, Filters: only})
 }
 
 // count counts a gate's containers.
@@ -61,16 +62,14 @@ func (e *engine) count(ctx context.Context, g *gate) (int, error) {
 	return len(all), err
 }
 
-// removeAll is for what a gate that failed has left.
+// removeAll stops a gate and removes what it has left, should it have failed.
 func (e *engine) removeAll(g *gate) error {
-	if err := g.stop(); err != nil {
-		return err
+	err := g.stop()
+	instance, ierr := g.instance()
+	if ierr != nil {
+		return errors.Join(err, ierr)
 	}
-	instance, err := g.instance()
-	if err != nil {
-		return err
-	}
-	return e.remove(serverLabel + "=" + instance)
+	return errors.Join(err, e.remove(serverLabel+"="+instance))
 }
 
 func (e *engine) remove(label string) error {

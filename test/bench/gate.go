@@ -65,7 +65,7 @@ func (b *bench) setUpGates(ctx context.Context) error {
 	start := func(name, suffix, port, monitor string, extra map[string]any) (*gate, error) {
 		set := map[string]any{
 			"state": "state" + suffix, "audit.store.directory": "log" + suffix, "ssh.listen": "127.0.0.1:" + port,
-			"monitor.listen":          "127.0.0.1:" + monitor,
+			"monitor.listen":            "127.0.0.1:" + monitor,
 			"ssh.max_sessions_per_user": 200, "ssh.max_startups_per_source": 200, "ssh.max_startups": 200,
 		}
 		for k, v := range extra {
@@ -89,7 +89,6 @@ func (b *bench) setUpGates(ctx context.Context) error {
 		if err := g.start(ctx); err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
-		b.later(g.stop)
 		b.later(func() error { return b.engine.removeAll(g) })
 		return g, nil
 	}
@@ -143,8 +142,11 @@ func prolong(file string) error {
 	return os.WriteFile(file, text, 0o644)
 }
 
-func (g *gate) start(ctx context.Context) (err error) {
-	g.process, err = startProcess(ctx, g.addr, g.state+".stderr", g.binary, "serve", "--config", g.config)
+func (g *gate) start(ctx context.Context) error {
+	p, err := startProcess(ctx, g.addr, g.state+".stderr", g.binary, "serve", "--config", g.config)
+	if err == nil {
+		g.process = p
+	}
 	return err
 }
 
@@ -187,7 +189,7 @@ func (g *gate) settle(ctx context.Context, b *bench) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("after %v, %d containers are left and %d segments wait for the store", restWait, n, waiting)
+			return fmt.Errorf("after %v, %d containers are left, and %d segments not stored", restWait, n, waiting)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}

@@ -66,7 +66,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.BoolVar(&o.list, "list", false, "list the cases")
 	f.StringVar(&o.bin, "bin", "bin", "directory of the binaries to measure")
 	f.StringVar(&o.image, "image", "sallyport/debug:1", "the sandbox's image; it needs bash, cat, wc and true")
-	f.StringVar(&o.dir, "dir", "", "directory for keys, logs and data, on a real disk (default: the system's for temporary files)")
+	f.StringVar(&o.dir, "dir", "", "directory for keys, logs and data, on a disk (default: where temporary files go)")
 	if err := f.Parse(args); err != nil {
 		return o, err
 	}
@@ -127,7 +127,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if len(wanted) == 0 {
 		return errors.New("-only matches no case: see -list")
 	}
-	b := &bench{options: o, sizes: full, report: newReport(), progress: stderr}
+	b := &bench{options: o, sizes: full, report: &report{quick: o.quick}, progress: stderr}
 	if o.quick {
 		b.rounds, b.sizes = 1, small
 	}
@@ -261,30 +261,13 @@ type target struct {
 	user string
 	data string                              // directory of the data files, as its programs see it
 	tmp  string                              // a directory in memory, as its programs see it
-	cpu  func() (time.Duration, error)       // processor time so far, of all connections that have ended
+	cpu  func() (time.Duration, error)       // processor time so far
 	rest func(context.Context, *bench) error // waits until what went before is over
 }
 
 func (b *bench) all() []*target { return []*target{&b.sshd.target, &b.gate.target, &b.off.target} }
 
-// inTurn measures each target once a round, each round beginning with the next one.
-func (b *bench) inTurn(ctx context.Context, rounds int, targets []*target, f func(t *target) error) error {
-	for r := range rounds {
-		for i := range targets {
-			t := targets[(r+i)%len(targets)]
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if err := t.rest(ctx, b); err != nil {
-				return fmt.Errorf("%s: %w", t.name, err)
-			}
-			if err := f(t); err != nil {
-				return fmt.Errorf("%s: %w", t.name, err)
-			}
-		}
-	}
-	return nil
-}
-
 // path is a file of this run.
-func (b *bench) path(name ...string) string { return filepath.Join(append([]string{b.root}, name...)...) }
+func (b *bench) path(name ...string) string {
+	return filepath.Join(append([]string{b.root}, name...)...)
+}

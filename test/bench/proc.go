@@ -17,8 +17,8 @@ const tick = time.Second / 100
 
 // stat holds the fields of /proc/PID/stat that are used, see proc(5).
 type stat struct {
-	parent      int
-	own, ended  time.Duration // user and system time: its own, and of its children that were waited for
+	parent     int
+	own, ended time.Duration // user and system time: its own, and of its children that were waited for
 }
 
 func readStat(pid int) (stat, error) {
@@ -57,10 +57,16 @@ func cpuTime(pid int) (time.Duration, error) {
 	return s.own, err
 }
 
-// cpuTimeOfEnded is the processor time of a process and of all below it that have ended.
-func cpuTimeOfEnded(pid int) (time.Duration, error) {
-	s, err := readStat(pid)
-	return s.own + s.ended, err
+// familyTime is the processor time of a process and of all that are or were below it.
+func familyTime(pid int) (time.Duration, error) {
+	all, err := family(pid)
+	var sum time.Duration
+	for _, p := range all {
+		if s, err := readStat(p); err == nil { // it may just have ended
+			sum += s.own + s.ended
+		}
+	}
+	return sum, err
 }
 
 // family is a process and all below it.

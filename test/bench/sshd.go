@@ -40,7 +40,7 @@ func startSSHD(ctx context.Context, b *bench) (*sshd, error) {
 	if err != nil {
 		return nil, err
 	}
-	key := b.path("sshd_key")
+	key := b.path("sshd_ed25519_key")
 	if err := sshserver.CreateKey(key); err != nil {
 		return nil, err
 	}
@@ -93,7 +93,7 @@ Subsystem sftp %s
 		return nil, err
 	}
 	s.rest = s.settle
-	s.cpu = func() (time.Duration, error) { return cpuTimeOfEnded(s.process.pid()) }
+	s.cpu = func() (time.Duration, error) { return familyTime(s.process.pid()) }
 	return s, nil
 }
 
