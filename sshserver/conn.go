@@ -66,7 +66,6 @@ type conn struct {
 	// Written while authenticating, before any other goroutine of the connection runs.
 	pre       ssh.ServerPreAuthConn
 	login     authz.LoginInput
-	shook     bool   // the handshake is recorded
 	authError *cause // a proven key was refused
 	sc        *ssh.ServerConn
 
