@@ -23,8 +23,17 @@ const killWait = 5 * time.Second
 // orderWait bounds the sending of an order, which a live agent always takes at once.
 const orderWait = 15 * time.Second
 
-// chunk is what is read and written at once. An SSH packet carries no more, and an idle process holds two of them.
-const chunk = 32 << 10
+// chunk is what is read at once of a process that passes little: an idle one holds two of them. A read that fills its
+// buffer is followed by larger ones.
+const chunk = 4 << 10
+
+// grown gives the buffer for the next read, after one of n bytes into b.
+func grown(b []byte, n, most int) []byte {
+	if n < len(b) || len(b) >= most {
+		return b
+	}
+	return make([]byte, most)
+}
 
 // Hello is what an agent is told about the session it serves.
 type Hello struct {
@@ -437,6 +446,7 @@ func (r *running) takeOutput() error {
 		if err != nil {
 			return fmt.Errorf("%w: %w", errCut, noEOF(err))
 		}
+		b = grown(b, n, maxFrame)
 	}
 	if f.inFrame() {
 		return errFrame
@@ -463,6 +473,7 @@ func (r *running) sendStdin() {
 		if err != nil {
 			break
 		}
+		b = grown(b, frameHeader+n, frameHeader+maxFrame)
 	}
 	putFrameHeader(b, frameStdin, 0)
 	r.data.Write(b[:frameHeader]) // an error is seen by the reader of the same stream

@@ -296,6 +296,7 @@ func (p *process) takeStdin() {
 		if f.feed(b[:n], emit) != nil || err != nil {
 			return
 		}
+		b = grown(b, n, maxFrame)
 	}
 }
 
