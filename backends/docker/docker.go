@@ -164,6 +164,13 @@ func (b *Backend) prepare(ctx context.Context) error {
 			return err
 		}
 	}
+	hosts := filepath.Join(b.config.StateDir, hostsFile)
+	if err := os.WriteFile(hosts, []byte("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"), 0o644); err != nil {
+		return err
+	}
+	if err := os.Chmod(hosts, 0o644); err != nil { // whatever the umask: sandboxes read it
+		return err
+	}
 	if b.agent, err = installAgent(b.config.Agent, filepath.Join(b.config.StateDir, agentDir)); err != nil {
 		return fmt.Errorf("install the agent: %w", err)
 	}

@@ -15,6 +15,7 @@ const (
 	agentDir   = "agent"
 	runDir     = "run"
 	scratchDir = "scratch"
+	hostsFile  = "hosts" // of sandboxes without a network
 	agentName  = "sallyport-agent"
 	socketName = "gate"
 )

@@ -75,7 +75,7 @@ func TestConfinement(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.Config.Labels[labelUser] != "alice" || c.Config.Labels[labelSession] != s.session || c.HostConfig.Privileged ||
-		len(c.Mounts) != 2 || c.HostConfig.LogConfig.Type != "none" || !c.HostConfig.AutoRemove {
+		len(c.Mounts) != 3 || c.HostConfig.LogConfig.Type != "none" || !c.HostConfig.AutoRemove {
 		t.Errorf("%+v", c)
 	}
 	info := s.Info()
@@ -84,7 +84,33 @@ func TestConfinement(t *testing.T) {
 	}
 }
 
-// TestHostUnreachable tries the host's addresses from the networks that are said not to reach it.
+// TestOwnNetworkNamespace: without a network a sandbox still has a namespace of its own, nobody else's.
+func TestOwnNetworkNamespace(t *testing.T) {
+	host, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBackend(t, nil)
+	seen := map[string]bool{host: true}
+	for range 3 { // all alive at once
+		s := startSandbox(t, b, newSpec(busyboxImage))
+		got := strings.TrimSpace(sh(t, s, "readlink /proc/self/ns/net"))
+		if !strings.HasPrefix(got, "net:[") || seen[got] {
+			t.Errorf("namespace %q; those taken are %v", got, seen)
+		}
+		seen[got] = true
+		if got := sh(t, s, "cat /etc/hosts; ls /sys/class/net; echo x >>/etc/hosts"); !strings.Contains(got, "127.0.0.1\tlocalhost") ||
+			!strings.Contains(got, "\nlo\n") || !strings.Contains(got, "can't create") {
+			t.Errorf("inside: %q", got)
+		}
+		// Its loopback works, and is its own.
+		if got := sh(t, s, "(echo hi | nc -l -p 4711 >/dev/null &) ; sleep 0.3; nc -w 2 127.0.0.1 4711 </dev/null"); !strings.Contains(got, "hi") {
+			t.Errorf("loopback: %q", got)
+		}
+	}
+}
+
+// TestHostUnreachable looks for the host from the networks that are said not to reach it.
 func TestHostUnreachable(t *testing.T) {
 	engine := requireEngine(t)
 	l, err := net.Listen("tcp", "0.0.0.0:0")

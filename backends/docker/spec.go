@@ -304,7 +304,7 @@ type request struct {
 }
 
 // places are the host paths of one sandbox.
-type places struct{ agent, run, scratch string }
+type places struct{ agent, run, hosts, scratch string }
 
 // build makes the engine's request of a checked spec. It is pure: the same in, the same out.
 func build(spec backends.Spec, gate, key string, img image.InspectResponse, at places) request {
@@ -371,6 +371,15 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 		host.Mounts = append(host.Mounts, bind(at.scratch, home, true))
 	} else {
 		host.Tmpfs[home] = tmpfs(t, t.HomeSize)
+	}
+	if t.Network == "none" && len(t.ExtraHosts) == 0 {
+		// The engine then only makes the network namespace, in which there is a loopback and nothing else, and does not
+		// set one up by a program of its own: half of a start's time (measured: 266 and 110 ms). What it leaves out
+		// besides is /etc/hosts.
+		config.NetworkDisabled = true
+		if !slices.ContainsFunc(t.Mounts, func(m backends.Mount) bool { return m.Target == "/etc/hosts" }) {
+			host.Mounts = append(host.Mounts, bind(at.hosts, "/etc/hosts", false))
+		}
 	}
 	for _, m := range t.Mounts {
 		taken[m.Target] = true

@@ -176,7 +176,7 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{"/a", "/r", "/s"})
+	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{"/a", "/r", "/h", "/s"})
 	h := r.Host
 	half := spec.Template.TmpSize + spec.Template.HomeSize
 	for what, ok := range map[string]bool{
@@ -184,7 +184,7 @@ func TestBuild(t *testing.T) {
 		"read-only":       h.ReadonlyRootfs,
 		"not privileged":  !h.Privileged,
 		"auto-remove":     h.AutoRemove,
-		"no network":      h.NetworkMode == "none",
+		"no network":      h.NetworkMode == "none" && r.Config.NetworkDisabled,
 		"capabilities":    len(h.CapDrop) == 1 && h.CapDrop[0] == "ALL" && len(h.CapAdd) == 0,
 		"new privileges":  len(h.SecurityOpt) == 1 && h.SecurityOpt[0] == "no-new-privileges",
 		"memory":          h.Memory == 512<<20 && h.MemorySwap == h.Memory,
@@ -196,7 +196,7 @@ func TestBuild(t *testing.T) {
 		"pid, uts, users": h.PidMode == "" && h.UTSMode == "" && h.UsernsMode == "",
 		"devices":         len(h.Devices) == 0 && len(h.DeviceRequests) == 0,
 		"ports":           len(h.PortBindings) == 0 && !h.PublishAllPorts,
-		"mounts":          len(h.Mounts) == 2 && h.Mounts[0].ReadOnly && h.Mounts[1].ReadOnly && len(h.Binds) == 0,
+		"mounts":          len(h.Mounts) == 3 && h.Mounts[0].ReadOnly && h.Mounts[1].ReadOnly && h.Mounts[2].ReadOnly && len(h.Binds) == 0,
 		"no init":         h.Init != nil && !*h.Init,
 		"healthcheck":     r.Config.Healthcheck.Test[0] == "NONE",
 		"entry point":     len(r.Config.Entrypoint) == 1 && r.Config.Entrypoint[0] == insideAgent,

@@ -97,7 +97,7 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 			return fmt.Errorf("find volume: %w", err)
 		}
 	}
-	at := places{agent: b.agent, run: s.path(runDir), scratch: s.path(scratchDir)}
+	at := places{agent: b.agent, run: s.path(runDir), hosts: filepath.Join(b.config.StateDir, hostsFile), scratch: s.path(scratchDir)}
 	listener, err := listen(at.run)
 	if err != nil {
 		return err
