@@ -2,6 +2,7 @@ package config
 
 import (
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -141,6 +142,24 @@ func TestParse(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%.40q: error %v, want %q in it", tc.yaml, err, tc.want)
 		}
+	}
+}
+
+// The file itself is protected from sandboxes: it names keys and credentials.
+func TestLoad(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "gate.yaml")
+	if err := os.WriteFile(file, []byte("policy: {data: data}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(c.Docker.ProtectedPaths, file) {
+		t.Errorf("%s is not among %v", file, c.Docker.ProtectedPaths)
+	}
+	if _, err := Load(file + ".none"); err == nil || !strings.Contains(err.Error(), "gate.yaml.none") {
+		t.Errorf("a file that is not there: %v", err)
 	}
 }
 
