@@ -17,7 +17,7 @@ import (
 func TestDiskFull(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "disk")
 	must(t, os.Mkdir(dir, 0o700))
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES) {
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); (errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES)) && os.Getenv("CI") == "" {
 		t.Skip("a full disk needs a mount, and that root")
 	} else if err != nil {
 		t.Fatal(err)

@@ -202,7 +202,7 @@ func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions,
 			"%s has %d sessions, the most allowed: end one first", user, c.s.Config.MaxSessionsPerUser)})
 	}
 	c.mu.Lock()
-	c.decision, c.decided = d, true
+	c.decision = d
 	c.mu.Unlock()
 	if c.s.NoData {
 		c.record(0, &auditlog.Alert{Name: "data-not-recorded", Detail: "by this gate's configuration (audit.data: none)"})

@@ -82,7 +82,6 @@ type conn struct {
 	sessions       map[uint32]*session // open channels
 	channels       uint32              // channels ever opened
 	noMoreSessions bool                // no-more-sessions@openssh.com
-	decided        bool                // decision is set
 }
 
 func newConn(s *Server, nc net.Conn, source netip.Addr) *conn {

@@ -267,7 +267,7 @@ func (s *session) run(p backends.Process) {
 	}
 	p.Channel, p.Resize, p.Signals = s.id, s.resize, s.signals
 	p.Env = append(s.variables(), s.env...)
-	out := &outlet{s: s, stream: auditlog.Output, n: &s.out}
+	out := &outlet{s: s, n: &s.out}
 	out.w = s.c.tap(s.id, auditlog.Output, s.ch)
 	p.Stdout = out
 	if s.terminal != nil {
@@ -282,7 +282,7 @@ func (s *session) run(p backends.Process) {
 			s.notice(s.c.welcome())
 		}
 	} else {
-		e := &outlet{s: s, stream: auditlog.Error, n: &s.err}
+		e := &outlet{s: s, n: &s.err}
 		e.w = s.c.tap(s.id, auditlog.Error, s.ch.Stderr())
 		p.Stderr = e
 		p.Stdin = &inlet{s: s}
@@ -423,11 +423,10 @@ func (c *conn) welcome() string {
 
 // outlet is a program's output on its way to the client: recorded first, then written.
 type outlet struct {
-	s      *session
-	stream auditlog.Stream
-	w      io.Writer // the Recorder's tap
-	n      *atomic.Uint64
-	line   *lastLine // of a terminal
+	s    *session
+	w    io.Writer // the Recorder's tap
+	n    *atomic.Uint64
+	line *lastLine // of a terminal
 
 	mu    sync.Mutex // one writer at a time: a notice must not stand in the middle of a record; guards ended
 	ended bool       // the stream's EOF has been sent
