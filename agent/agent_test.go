@@ -191,8 +191,8 @@ func TestHandshake(t *testing.T) {
 		want error
 	}{"the gate": {private, nil}, "another": {other, ErrNotGate}} {
 		gate, inside := pair(t)
-		go prove(gate, test.key)
-		if err := challenge(inside, public); !errors.Is(err, test.want) {
+		go prove(gate, test.key, nil)
+		if _, err := challenge(inside, public); !errors.Is(err, test.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -202,12 +202,12 @@ func TestHandshake(t *testing.T) {
 		io.ReadFull(gate, make([]byte, len(magic)+nonceSize))
 		gate.Write(ed25519.Sign(private, append([]byte(signatureContext), make([]byte, nonceSize)...)))
 	}()
-	if err := challenge(inside, public); !errors.Is(err, ErrNotGate) {
+	if _, err := challenge(inside, public); !errors.Is(err, ErrNotGate) {
 		t.Errorf("replayed: %v", err)
 	}
 	gate, inside = pair(t)
 	go inside.Write(bytes.Repeat([]byte("SSH-2.0-"), 8))
-	if err := prove(gate, private); err == nil {
+	if err := prove(gate, private, nil); err == nil {
 		t.Error("signed for who is not an agent")
 	}
 }
@@ -312,7 +312,7 @@ func newFakeAgent(t testing.TB, p pace) (*Client, *fakeAgent) {
 	go func() {
 		a := &fakeAgent{conn: inside}
 		defer func() { made <- a }()
-		if challenge(inside, public) != nil {
+		if _, err := challenge(inside, public); err != nil {
 			return
 		}
 		a.session, _ = yamux.Server(inside, muxConfig())
@@ -322,7 +322,7 @@ func newFakeAgent(t testing.TB, p pace) (*Client, *fakeAgent) {
 			writeMessage(a.control, welcome{Version: Version})
 		}
 	}()
-	c, err := newClient(gate, private, Hello{}, p)
+	c, err := newClient(struct{ net.Conn }{gate}, private, Hello{}, p) // no unix socket: bytes travel on streams
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -584,7 +584,7 @@ func TestAgentEndsWithoutGate(t *testing.T) {
 	conn.Close()
 	waitEnd(t, ended, "closed")
 	conn, _, ended = startAgent(t, public)
-	go prove(conn, other)
+	go prove(conn, other, nil)
 	waitEnd(t, ended, "another key")
 }
 

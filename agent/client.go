@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -45,6 +46,7 @@ type Hello struct {
 type Client struct {
 	session *yamux.Session
 	control *yamux.Stream
+	hander  *hander // nil: processes' bytes travel on streams
 	pace    pace
 	next    atomic.Uint64 // number of the last process
 
@@ -74,11 +76,23 @@ func NewClient(ctx context.Context, conn net.Conn, key ed25519.PrivateKey, hello
 	return c, nil
 }
 
-func newClient(conn net.Conn, key ed25519.PrivateKey, hello Hello, pace pace) (*Client, error) {
+func newClient(conn net.Conn, key ed25519.PrivateKey, hello Hello, pace pace) (client *Client, err error) {
+	h, far, err := newHander(conn)
+	if err != nil {
+		return nil, err
+	}
+	if h != nil {
+		defer far.Close()
+		defer func() {
+			if err != nil {
+				h.conn.Close()
+			}
+		}()
+	}
 	if err := conn.SetDeadline(time.Now().Add(handshakeLimit)); err != nil {
 		return nil, err
 	}
-	if err := prove(conn, key); err != nil {
+	if err := prove(conn, key, far); err != nil {
 		return nil, err
 	}
 	if err := conn.SetDeadline(time.Time{}); err != nil {
@@ -88,7 +102,7 @@ func newClient(conn net.Conn, key ed25519.PrivateKey, hello Hello, pace pace) (*
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{session: session, pace: pace, done: make(chan struct{})}
+	c := &Client{session: session, hander: h, pace: pace, done: make(chan struct{})}
 	if err := c.greet(hello); err != nil {
 		session.Close()
 		return nil, err
@@ -167,6 +181,9 @@ func (c *Client) end(err error) {
 	}
 	c.mu.Unlock()
 	c.session.Close()
+	if c.hander != nil {
+		c.hander.conn.Close()
+	}
 	if first {
 		close(c.done)
 	}
@@ -222,19 +239,21 @@ func (c *Client) exec(ctx context.Context, p backends.Process) (backends.ExitSta
 	return r.wait(ctx)
 }
 
-// running is one process as the gate sees it. Its life: newRunning opens both streams and sends the request; four
+// running is one process as the gate sees it. Its life: newRunning opens the streams or pipes and sends the request;
 // goroutines carry stdin, orders, reports and output; wait ends it.
 type running struct {
 	client  *Client
 	p       backends.Process
 	control *yamux.Stream
-	data    *yamux.Stream
+	data    *yamux.Stream // nil with pipes
+	pipes   *pipes        // nil with data
 
 	sent    atomic.Int64  // bytes of stdin handed to the data stream
 	orders  sync.Mutex    // one order at a time on control
 	over    chan struct{} // closed when the process is over for the gate
 	reports chan outcome  // the only value: how the reports ended
-	output  chan error    // the only value: how the output ended
+	output  chan error    // one value of each that carries output: how that ended
+	outputs int           // how many carry output
 }
 
 // outcome is the end of the reports: an exit, or an error.
@@ -245,48 +264,81 @@ type outcome struct {
 
 func newRunning(c *Client, p backends.Process) (*running, error) {
 	id := c.next.Add(1)
-	data, err := c.session.OpenStream()
-	if err != nil {
-		return nil, err
-	}
-	control, err := c.session.OpenStream()
-	if err != nil {
-		data.Close()
-		return nil, err
-	}
 	r := &running{
-		client: c, p: p, control: control, data: data,
-		over: make(chan struct{}), reports: make(chan outcome, 1), output: make(chan error, 1),
+		client: c, p: p,
+		over: make(chan struct{}), reports: make(chan outcome, 1), output: make(chan error, 2), outputs: 1,
 	}
-	o := opening{Op: opProcess, Process: id, Request: request{
-		Kind: uint8(p.Kind), Command: p.Command, Env: p.Env, Dir: p.Dir,
-		Typed: p.Typed != nil && p.Terminal != nil,
-	}}
-	if t := p.Terminal; t != nil {
-		o.Request.Terminal = &terminal{Term: t.Term, Size: sizeOf(t.Size), Modes: t.Modes}
-	}
-	err = writeMessage(data, opening{Op: opData, Process: id})
-	if err == nil {
-		err = writeMessage(control, o)
-	}
-	if err != nil {
+	if err := r.open(id); err != nil {
 		r.hangUp()
 		return nil, err
 	}
 	go r.readReports()
-	go r.readOutput()
 	go r.sendOrders()
-	go r.sendStdin()
+	if r.pipes == nil {
+		go func() { r.output <- r.takeOutput() }()
+		go r.sendStdin()
+		return r, nil
+	}
+	r.outputs = 2
+	go func() { r.output <- readPipe(r.pipes[1], p.Stdout) }()
+	go func() { r.output <- readPipe(r.pipes[2], p.Stderr) }()
+	go r.feedPipe()
 	return r, nil
 }
 
-// hangUp ends both streams. An agent that still runs the process kills it then.
+// open opens what the process's bytes take, and sends the request.
+func (r *running) open(id uint64) (err error) {
+	c, p := r.client, r.p
+	if p.Terminal == nil && c.hander != nil {
+		if r.pipes, err = c.hander.hand(id); err != nil {
+			return err
+		}
+	}
+	if r.pipes == nil {
+		if r.data, err = c.session.OpenStream(); err != nil {
+			return err
+		}
+		if err := writeMessage(r.data, opening{Op: opData, Process: id}); err != nil {
+			return err
+		}
+	}
+	if r.control, err = c.session.OpenStream(); err != nil {
+		return err
+	}
+	o := opening{Op: opProcess, Process: id, Request: request{
+		Kind: uint8(p.Kind), Command: p.Command, Env: p.Env, Dir: p.Dir,
+		Typed: p.Typed != nil && p.Terminal != nil, Pipes: r.pipes != nil,
+	}}
+	if t := p.Terminal; t != nil {
+		o.Request.Terminal = &terminal{Term: t.Term, Size: sizeOf(t.Size), Modes: t.Modes}
+	}
+	return writeMessage(r.control, o)
+}
+
+// hangUp ends the streams and pipes. An agent that still runs the process kills it then.
 func (r *running) hangUp() {
 	past := time.Unix(1, 0)
-	r.data.SetDeadline(past)
-	r.control.SetDeadline(past)
-	r.data.Close()
-	r.control.Close()
+	for _, s := range []*yamux.Stream{r.data, r.control} {
+		if s != nil {
+			s.SetDeadline(past)
+			s.Close()
+		}
+	}
+	if r.pipes != nil {
+		r.pipes.close()
+	}
+}
+
+// cutOutput ends the output soon, where nothing more is to come: what a process has written is still read, but one
+// that has left its session may keep a pipe open.
+func (r *running) cutOutput() {
+	if r.pipes == nil {
+		return
+	}
+	limit := time.Now().Add(drainLimit)
+	for _, f := range r.pipes[1:] {
+		f.SetReadDeadline(limit)
+	}
 }
 
 // wait waits for the exit and the end of the output, in either order.
@@ -298,7 +350,7 @@ func (r *running) wait(ctx context.Context) (backends.ExitStatus, error) {
 		failed  error
 		cut     error
 		reports = r.reports
-		output  = r.output
+		outputs = r.outputs
 		ended   = ctx.Done()
 		limit   <-chan time.Time
 	)
@@ -311,21 +363,25 @@ func (r *running) wait(ctx context.Context) (backends.ExitStatus, error) {
 			go r.order(order{Kill: true}) //nolint:errcheck // limit covers it
 		}
 	}
-	for reports != nil || output != nil {
+	for reports != nil || outputs > 0 {
 		select {
 		case o := <-reports:
 			reports = nil
+			if o.err != nil || failed != nil {
+				r.cutOutput()
+			}
 			if o.err != nil {
-				// Nothing more is to be expected from the data stream.
-				r.hangUp()
+				if r.data != nil {
+					r.hangUp() // nothing more is to be expected from the stream
+				}
 				if failed == nil {
 					failed = o.err
 				}
 				continue
 			}
 			status = backends.ExitStatus{Code: o.exit.Code, Signal: o.exit.Signal, CoreDumped: o.exit.CoreDumped}
-		case err := <-output:
-			output = nil
+		case err := <-r.output:
+			outputs--
 			if errors.Is(err, errCut) {
 				// The reports may have a better reason, and may have it later.
 				cut = err
@@ -413,8 +469,50 @@ func printable(s string) string {
 	}, s)
 }
 
-func (r *running) readOutput() {
-	r.output <- r.takeOutput()
+// readPipe hands on what comes from f until no process holds the other end any more.
+func readPipe(f *os.File, to io.Writer) error {
+	b := make([]byte, chunk)
+	for {
+		n, err := f.Read(b)
+		if n > 0 && to != nil {
+			if _, werr := to.Write(b[:n]); werr != nil {
+				return werr
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return fmt.Errorf("%w: %w", errCut, err)
+		}
+		b = grown(b, n, maxFrame)
+	}
+}
+
+// feedPipe hands input to the process. When nobody reads it any more it is still taken, so that the client is never
+// held up.
+func (r *running) feedPipe() {
+	f := r.pipes[0]
+	defer f.Close()
+	b := make([]byte, chunk)
+	for open := true; r.p.Stdin != nil; {
+		n, err := r.p.Stdin.Read(b)
+		select {
+		case <-r.over:
+			return
+		default:
+		}
+		if open && n > 0 {
+			if _, werr := f.Write(b[:n]); werr != nil {
+				open = false
+				f.Close()
+			}
+		}
+		if err != nil {
+			return
+		}
+		b = grown(b, n, maxFrame)
+	}
 }
 
 // takeOutput hands output on until both directions have ended.

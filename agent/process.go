@@ -20,9 +20,6 @@ const (
 	// typedChunk is how much input goes to a terminal between two looks at its state.
 	typedChunk = 1 << 10
 
-	// pipeSize is asked for each pipe; the kernel may grant less.
-	pipeSize = 256 << 10
-
 	// drainLimit bounds the wait for output of a process that was killed, and for a terminal's last output.
 	drainLimit = time.Second
 )
@@ -33,13 +30,13 @@ type process struct {
 	server  *server
 	request request
 	control *yamux.Stream
-	data    *yamux.Stream
+	data    *yamux.Stream // nil: the process has pipes of the gate's
 
 	child  child
-	tty    *os.File    // the terminal's master, or nil
-	stdin  *os.File    // where input goes; the master, if there is one
-	output []*os.File  // where output comes from, by frame type less frameStdout
-	theirs [3]*os.File // the child's ends, closed once it runs
+	tty    *os.File   // the terminal's master, or nil
+	stdin  *os.File   // where input goes; the master, if there is one; nil with pipes of the gate's
+	output []*os.File // where output comes from, by frame type less frameStdout
+	theirs pipes      // the child's ends, closed once it runs
 
 	reports sync.Mutex // one report at a time on control
 	frames  sync.Mutex // one frame at a time on data
@@ -47,15 +44,19 @@ type process struct {
 }
 
 // serveProcess runs a process from its request to its exit.
-func (s *server) serveProcess(control, data *yamux.Stream, r request) {
-	p := &process{server: s, request: r, control: control, data: data}
-	defer control.Close()
-	defer data.Close()
-	if err := p.start(); err != nil {
-		p.refuse(err)
-		return
+func (s *server) serveProcess(p *process) {
+	defer p.control.Close()
+	if p.data != nil {
+		defer p.data.Close()
 	}
-	p.run()
+	err := p.start()
+	if err != nil {
+		p.refuse(err)
+	}
+	p.theirs.close()
+	if err == nil {
+		p.run()
+	}
 }
 
 // refuse answers a request that led to no process. Without a shell, a command that can't be executed is the user's
@@ -71,9 +72,15 @@ func (p *process) refuse(err error) {
 		if p.request.Terminal != nil {
 			kind = frameStdout
 		}
+		text := []byte(spawned.text + "\n")
 		p.report(report{Started: true})
-		p.send(kind, []byte(spawned.text+"\n"))
-		p.endOutput()
+		if p.data == nil {
+			p.theirs[2].Write(text)
+			p.theirs.close()
+		} else {
+			p.send(kind, text)
+			p.endOutput()
+		}
 		p.report(report{Exit: &exit{Code: code}})
 		return
 	}
@@ -89,19 +96,12 @@ func (p *process) start() error {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		for _, f := range p.theirs {
-			if f != nil {
-				f.Close()
-			}
-		}
-	}()
 	if t := p.request.Terminal; t != nil {
 		var name string
 		if name, err = p.openTerminal(t); err == nil {
 			prog.Env = environ(prog.Env, []string{"SSH_TTY=" + name, "TERM=" + t.Term}, p.request.Env)
 		}
-	} else {
+	} else if p.data != nil {
 		err = p.openPipes()
 	}
 	if err == nil {
@@ -159,7 +159,7 @@ func (p *process) openTerminal(t *terminal) (string, error) {
 		return "", err
 	}
 	p.tty, p.stdin, p.output = master, master, []*os.File{master}
-	p.theirs = [3]*os.File{slave, slave, slave}
+	p.theirs = pipes{slave, slave, slave}
 	if err := resizePTY(slave, t.Size); err != nil {
 		return "", fmt.Errorf("set the terminal's size: %w", err)
 	}
@@ -202,7 +202,9 @@ func (p *process) run() {
 	over := make(chan struct{})
 	defer close(over)
 	p.report(report{Started: true})
-	go p.takeStdin()
+	if p.data != nil {
+		go p.takeStdin()
+	}
 	go p.takeOrders(over)
 	var output sync.WaitGroup
 	for i, f := range p.output {
@@ -367,7 +369,9 @@ func (p *process) end() {
 		f := &family{session: p.child.pid}
 		f.end(hangupGrace)
 		limit := time.Now().Add(drainLimit)
-		p.data.SetWriteDeadline(limit)
+		if p.data != nil {
+			p.data.SetWriteDeadline(limit)
+		}
 		for _, f := range p.output {
 			f.SetReadDeadline(limit)
 		}

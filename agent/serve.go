@@ -56,8 +56,12 @@ func Serve(config Config) error {
 	if err := conn.SetDeadline(limit); err != nil {
 		return err
 	}
-	if err := challenge(conn, config.Key); err != nil {
+	pipes, err := challenge(conn, config.Key)
+	if err != nil {
 		return fmt.Errorf("handshake: %w", err)
+	}
+	if pipes != nil {
+		defer pipes.Close()
 	}
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return err
@@ -68,7 +72,7 @@ func Serve(config Config) error {
 	}
 	defer session.Close()
 	r := newReaper(stop)
-	err = newServer(session, r, config.Home).serve(limit)
+	err = newServer(session, pipes, r, config.Home).serve(limit)
 	endAll(r, endGrace)
 	return err
 }
@@ -109,6 +113,7 @@ func dial(ctx context.Context, path string) (net.Conn, error) {
 // server is the agent's end of the stream.
 type server struct {
 	session *yamux.Session
+	pipes   *taker // nil: the gate gives none
 	reaper  *reaper
 	pace    pace
 	env     []string
@@ -122,10 +127,13 @@ type server struct {
 	waiting map[uint64]chan *yamux.Stream
 }
 
-func newServer(session *yamux.Session, r *reaper, home string) *server {
+func newServer(session *yamux.Session, pipes *net.UnixConn, r *reaper, home string) *server {
 	s := &server{
 		session: session, reaper: r, pace: normalPace, env: os.Environ(),
 		waiting: make(map[uint64]chan *yamux.Stream),
+	}
+	if pipes != nil {
+		s.pipes = newTaker(pipes)
 	}
 	var a account
 	if f, err := os.Open("/etc/passwd"); err == nil {
@@ -241,10 +249,14 @@ func (s *server) serveStream(stream *yamux.Stream, slots chan struct{}) {
 			stream.Close()
 			return
 		}
+		if o.Request.Pipes {
+			s.servePiped(stream, o)
+			return
+		}
 		defer s.part(o.Process)
 		select {
 		case data := <-s.meet(o.Process):
-			s.serveProcess(stream, data, o.Request)
+			s.serveProcess(&process{server: s, request: o.Request, control: stream, data: data})
 		case <-s.session.CloseChan():
 		case <-time.After(handshakeLimit):
 			stream.Close()
@@ -252,6 +264,21 @@ func (s *server) serveStream(stream *yamux.Stream, slots chan struct{}) {
 	default:
 		stream.Close()
 	}
+}
+
+// servePiped runs a process whose pipes came from the gate.
+func (s *server) servePiped(control *yamux.Stream, o opening) {
+	err := errors.New("pipes that were never offered")
+	var theirs *pipes
+	if s.pipes != nil {
+		theirs, err = s.pipes.take(o.Process)
+	}
+	if err != nil {
+		writeMessage(control, report{Failed: &failure{Text: err.Error()}})
+		control.Close()
+		return
+	}
+	s.serveProcess(&process{server: s, request: o.Request, control: control, theirs: *theirs})
 }
 
 func (s *server) meet(process uint64) chan *yamux.Stream {

@@ -14,7 +14,7 @@ import (
 )
 
 // Version is what gate and agent must have in common. It changes with every change of the stream's meaning.
-const Version = "1"
+const Version = "2"
 
 const (
 	magic            = "SLYPAGT" + Version
@@ -85,6 +85,7 @@ type request struct {
 	Dir      string    `cbor:"4,keyasint,omitempty"`
 	Terminal *terminal `cbor:"5,keyasint,omitempty"`
 	Typed    bool      `cbor:"6,keyasint,omitempty"`
+	Pipes    bool      `cbor:"7,keyasint,omitempty"` // they come from the gate; there is no data stream
 }
 
 type terminal struct {

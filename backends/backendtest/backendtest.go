@@ -50,6 +50,7 @@ func Run(t *testing.T, s Subject) {
 		{"Signals", signals},
 		{"Environment", environment},
 		{"Streams", streams},
+		{"Reopen", reopen},
 		{"HalfClose", halfClose},
 		{"EarlyExit", earlyExit},
 		{"BulkOut", bulkOut},
@@ -61,6 +62,7 @@ func Run(t *testing.T, s Subject) {
 		{"FailingWriter", failingWriter},
 		{"Cancel", cancel},
 		{"CancelStalled", cancelStalled},
+		{"CancelDetached", cancelDetached},
 		{"Terminal", terminal},
 		{"TerminalModes", terminalModes},
 		{"TerminalLastOutput", terminalLastOutput},
@@ -227,6 +229,16 @@ func streams(t *testing.T, s backends.Sandbox) {
 	}
 }
 
+// reopen opens the standard files by name, as scripts do: they must be the user's.
+func reopen(t *testing.T, s backends.Sandbox) {
+	r := execute(t, s, backends.Process{
+		Kind: backends.KindExec, Command: "cat /dev/stdin; echo out >/dev/stdout; echo err >/dev/stderr", Stdin: strings.NewReader("in\n"),
+	})
+	if r.stdout != "in\nout\n" || r.stderr != "err\n" || r.err != nil {
+		t.Errorf("%+v", r)
+	}
+}
+
 func halfClose(t *testing.T, s backends.Sandbox) {
 	r := execute(t, s, backends.Process{
 		Kind: backends.KindExec, Command: "cat; echo done", Stdin: strings.NewReader("some input\n"),
@@ -369,6 +381,33 @@ func cancel(t *testing.T, s backends.Sandbox) {
 }
 
 // cancelStalled ends a process whose output nobody reads, until its context ends.
+// cancelDetached ends a process one of whose children has left its session with the output open.
+func cancelDetached(t *testing.T, s backends.Sandbox) {
+	ctx, end := context.WithCancel(context.Background())
+	defer end()
+	out := newWatcher()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.Exec(ctx, backends.Process{
+			Kind: backends.KindExec, Command: "setsid sleep " + nap + " & echo $! up; exec sleep " + nap, Stdout: out, Stderr: io.Discard,
+		})
+		ended <- err
+	}()
+	if !out.wait("up") {
+		t.Fatal("did not start")
+	}
+	end()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	case <-time.After(limit):
+		t.Fatal("still runs")
+	}
+	command(t, s, "kill "+strings.Fields(out.String())[0]+" 2>&-; true")
+}
+
 func cancelStalled(t *testing.T, s backends.Sandbox) {
 	ctx, stop := context.WithCancel(context.Background())
 	time.AfterFunc(200*time.Millisecond, stop)

@@ -14,14 +14,18 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
+// Both ways in which the bytes of processes travel.
 func TestMemory(t *testing.T) {
-	m := NewMemory()
-	Run(t, Subject{
-		Backend: m,
-		Spec:    func() backends.Spec { return backends.Spec{} },
-		Kill:    func(s backends.Sandbox) error { return s.(*memorySandbox).Kill() },
-	})
-	if n := m.Running(); n != 0 {
-		t.Errorf("%d sandboxes are left", n)
+	for name, m := range map[string]*Memory{"Pipes": {}, "Streams": {Streams: true}} {
+		t.Run(name, func(t *testing.T) {
+			Run(t, Subject{
+				Backend: m,
+				Spec:    func() backends.Spec { return backends.Spec{} },
+				Kill:    func(s backends.Sandbox) error { return s.(*memorySandbox).Kill() },
+			})
+			if n := m.Running(); n != 0 {
+				t.Errorf("%d sandboxes are left", n)
+			}
+		})
 	}
 }
