@@ -11,7 +11,7 @@ type Config struct {
 	// Spool is the directory in which segments are written and wait for the store. Required; on a disk of its own file
 	// system if the gate shall outlive a full one.
 	Spool string `yaml:"spool"`
-	// SegmentBytes is the size at which a segment is cut. Default 8 MiB, at least 4 KiB, at most 64 MiB.
+	// SegmentBytes is the size at which a segment is cut. Default 32 MiB, at least 4 KiB, at most 64 MiB.
 	SegmentBytes int64 `yaml:"segment_bytes"`
 	// SegmentAge is the time after which a segment that holds data is cut. Default 5s.
 	SegmentAge time.Duration `yaml:"segment_age"`
@@ -33,7 +33,7 @@ func (c Config) WithDefaults() Config {
 			*v = d
 		}
 	}
-	set(&c.SegmentBytes, 8<<20)
+	set(&c.SegmentBytes, 32<<20)
 	set(&c.SyncBytes, 8<<20)
 	set(&c.SpoolLimit, 4<<30)
 	set((*int64)(&c.SegmentAge), int64(5*time.Second))

@@ -25,6 +25,7 @@ const (
 	pooledBytes  = 1536 << 10       // capacity of pooled buffers: a frame, one record more, s2's worst case
 	growBytes    = 64 << 10         // below, a batch's buffer grows by itself; an idle session has none
 	stallLimit   = 30 * time.Second // that the disk may not answer
+	plainRun     = 8                // frames in a row that did not compress, after which one in so many is tried
 	closingSlack = 1 << 20          // that the spool may go over its limit, so that sessions end in order
 )
 
@@ -71,6 +72,7 @@ type Recorder struct {
 	w         *segmentWriter
 	unsynced  int64
 	unsyncedT time.Time // of the first unsynced record
+	plain     int       // bulk frames in a row that did not compress, or were not tried
 	dirty     time.Time // of the open segment's first record
 }
 
@@ -536,7 +538,14 @@ func (r *Recorder) write(b batch, bulk bool) error {
 		out = getBuffer()
 		defer putBuffer(out)
 	}
-	codec, payload := r.log.compress(b.b, out, bulk)
+	// What comes in bulk and doesn't compress is tried now and then only: trying costs a third of storing it.
+	codec, payload := uint8(codecNone), b.b
+	if !bulk || r.plain < plainRun || r.plain%plainRun == 0 {
+		codec, payload = r.log.compress(b.b, out, bulk)
+	}
+	if r.plain++; codec != codecNone || !bulk {
+		r.plain = 0
+	}
 	before := r.w.size
 	if err := r.w.writeFrame(codec, payload, len(b.b), b.count); err != nil {
 		r.log.spoolFailed(err)
