@@ -111,6 +111,38 @@ func within(t testing.TB, what string, condition func() bool) {
 	}
 }
 
+// IPv4 is IPv4, also where a client's address or a grant's source has it in IPv6; and it is in no IPv6 network.
+func TestSources(t *testing.T) {
+	for _, tc := range []struct {
+		cidr, source string
+		allow        bool
+	}{
+		{"192.0.2.0/24", "192.0.2.1", true},
+		{"192.0.2.0/24", "::ffff:192.0.2.1", true},
+		{"192.0.2.0/24", "::ffff:198.51.100.1", false},
+		{"::ffff:192.0.2.0/120", "192.0.2.1", true},
+		{"::ffff:192.0.2.0/120", "::ffff:192.0.2.1", true},
+		{"::ffff:192.0.2.0/120", "198.51.100.1", false},
+		{"::/0", "::ffff:192.0.2.1", false},
+		{"0.0.0.0/0", "::ffff:192.0.2.1", true},
+		{"0.0.0.0/0", "2001:db8::1", false},
+		{"2001:db8:0:1::/64", "2001:db8:0:1::7", true},
+		{"2001:db8:0:1::/64", "2001:db8:0:2::7", false},
+		{"fe80::/10", "fe80::1%eth0", true},
+		{"::1/128", "::1", true},
+		{"127.0.0.0/8", "::1", false},
+	} {
+		data := world(t)
+		put(t, data, "grants/alice.json", fmt.Sprintf(`{"T-1": {"profile": "debug", "not_after": "2200-01-01T00:00:00Z", "sources": [%q]}}`, tc.cidr))
+		in := loginInput(t, "alice")
+		in.Source = tc.source
+		l, err := open(t, Config{Data: data}).Login(context.Background(), in)
+		if err != nil || l.Allow != tc.allow || l.Allow == (l.Rule == "wrong-source") {
+			t.Errorf("grant for %s, client from %s: %+v %v, want allow %v", tc.cidr, tc.source, l, err, tc.allow)
+		}
+	}
+}
+
 func TestOpenAndAsk(t *testing.T) {
 	e := open(t, Config{Data: world(t)})
 	if err := e.Ready(); err != nil {

@@ -277,8 +277,8 @@ func (h *hanging) Login(ctx context.Context, in authz.LoginInput) (authz.Login, 
 func TestHiddenShell(t *testing.T) {
 	g := newGate(t, nil)
 	out, in := terminal(t, g)
-	io.WriteString(in, "stty -echo; PS1=; exec sh\n")
-	time.Sleep(500 * time.Millisecond)
+	io.WriteString(in, "stty -echo; PS1=; echo off-$((40+2)); exec sh\n")
+	out.await(t, "off-42")
 	io.WriteString(in, "echo done-$((40+2))\n")
 	out.await(t, "done-42")
 	io.WriteString(in, "exit\n")

@@ -41,7 +41,8 @@ type Config struct {
 	CreateHostKeys bool `yaml:"create_host_keys"`
 	// LoginGraceTime is how long a connection may take to authenticate.
 	LoginGraceTime time.Duration `yaml:"login_grace_time"`
-	// MaxStartups caps connections that have not authenticated, MaxStartupsPerSource those of one IP address.
+	// MaxStartups caps connections that have not authenticated, MaxStartupsPerSource those of one IPv4 address or one
+	// IPv6 network of 64 bits.
 	MaxStartups          int `yaml:"max_startups"`
 	MaxStartupsPerSource int `yaml:"max_startups_per_source"`
 	// MaxSessions caps connections, MaxSessionsPerUser those of one user, MaxChannels the open channels of one.

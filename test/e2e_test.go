@@ -100,6 +100,7 @@ func TestScripts(t *testing.T) {
 			"background": cmdBackground,
 			"signal":     cmdSignal,
 			"s3":         cmdS3,
+			"postgres":   cmdPostgres,
 		},
 		Condition:           condition,
 		RequireExplicitExec: true,

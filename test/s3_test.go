@@ -16,11 +16,19 @@ import (
 	"github.com/sallyport/sallyport/auditlog/s3/s3test"
 )
 
-// condition: [s3] there is an S3 server to start. Where there must be one, its absence is an error.
+// condition: [s3] there is an S3 server to start, [postgres] a PostgreSQL server. Where there must be one, its absence is an
+// error.
 func condition(cond string) (bool, error) {
-	if cond != "s3" {
-		return false, fmt.Errorf("unknown condition %q", cond)
+	switch cond {
+	case "s3":
+		return hasS3()
+	case "postgres":
+		return hasPostgres()
 	}
+	return false, fmt.Errorf("unknown condition %q", cond)
+}
+
+func hasS3() (bool, error) {
 	_, err := os.Stat(os.Getenv(s3test.BinaryEnv))
 	if err != nil && os.Getenv(s3test.RequireEnv) != "" {
 		return false, s3test.ErrNoBinary

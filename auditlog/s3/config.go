@@ -178,7 +178,7 @@ func open(c Config, stall time.Duration) (*bucket, error) {
 		DisableCompression:     true,
 	}
 	core, err := minio.NewCore(u.Host, &minio.Options{
-		Creds: creds, Secure: u.Scheme == "https", Transport: transport, Region: c.Region,
+		Creds: creds, Secure: u.Scheme == "https", Transport: explainer{transport, c.CAFile}, Region: c.Region,
 		BucketLookup: map[string]minio.BucketLookupType{"auto": minio.BucketLookupAuto, "path": minio.BucketLookupPath,
 			"dns": minio.BucketLookupDNS}[c.Lookup],
 		MaxRetries: 1, // who calls retries, and waits between tries
@@ -191,6 +191,29 @@ func open(c Config, stall time.Duration) (*bucket, error) {
 		b.prefix = c.Prefix + "/"
 	}
 	return b, nil
+}
+
+// explainer says what to do about a certificate that is not trusted.
+type explainer struct {
+	*http.Transport
+	caFile string
+}
+
+func (e explainer) RoundTrip(r *http.Request) (*http.Response, error) {
+	response, err := e.Transport.RoundTrip(r)
+	var authority x509.UnknownAuthorityError
+	var name x509.HostnameError
+	switch {
+	case errors.As(err, &authority) && e.caFile == "":
+		err = fmt.Errorf("the server's certificate is signed by no authority that this system knows: "+
+			"name a file with the certificate of the one that has signed it (ca_file, or --ca-file): %w", err)
+	case errors.As(err, &authority):
+		err = fmt.Errorf("the server's certificate is signed by none of those in %s (ca_file): "+
+			"put the one there that has signed it: %w", e.caFile, err)
+	case errors.As(err, &name):
+		err = fmt.Errorf("the server's certificate is not for this name: write the endpoint as the certificate has it: %w", err)
+	}
+	return response, err
 }
 
 // credentials finds the credential, and fails if there is none: an anonymous request is never meant.

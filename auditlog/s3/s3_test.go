@@ -27,9 +27,11 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func startServer(t *testing.T) *s3test.Server {
+func startServer(t *testing.T) *s3test.Server { t.Helper(); return startBy(t, s3test.Start) }
+
+func startBy(t *testing.T, start func(dir string) (*s3test.Server, error)) *s3test.Server {
 	t.Helper()
-	s, err := s3test.Start(t.TempDir())
+	s, err := start(t.TempDir())
 	if errors.Is(err, s3test.ErrNoBinary) && os.Getenv(s3test.RequireEnv) == "" {
 		t.Skip(err)
 	}
@@ -100,6 +102,62 @@ func list(t *testing.T, s *Source) map[string]string {
 		all[o.Name] = string(b)
 	}
 	return all
+}
+
+// Over TLS the authority that has signed the server's certificate must be known; where it is not, the error says what to do,
+// and nothing is sent.
+func TestTLS(t *testing.T) {
+	server := startBy(t, s3test.StartTLS)
+	c := config(t, server, s3test.Both, "/tls")
+	c.CAFile = server.CAFile()
+	big := strings.Repeat("a segment", 100000)
+	put(t, storeOf(t, c), "sessions/one", big)
+	if got := list(t, sourceOf(t, c)); len(got) != 1 || got["sessions/one"] != big {
+		t.Errorf("%d objects came back, and not what was put", len(got))
+	}
+	if err := storeOf(t, c).Check(t.Context(), "gate"); err != nil {
+		t.Error(err)
+	}
+
+	wrong := filepath.Join(t.TempDir(), "ca.pem")
+	if err := s3test.WriteAuthority(wrong); err != nil {
+		t.Fatal(err)
+	}
+	system, elsewhere, name := c, c, c
+	system.CAFile, elsewhere.CAFile = "", wrong
+	name.Endpoint = strings.Replace(c.Endpoint, "127.0.0.1", "localhost", 1)
+	for want, c := range map[string]Config{
+		"(ca_file, or --ca-file)":                system,
+		"is signed by none of those in " + wrong: elsewhere,
+		"not for this name":                      name,
+	} {
+		store, source := storeOf(t, c), sourceOf(t, c)
+		_, open := source.Open(t.Context(), "sessions/one")
+		var listed error
+		for _, err := range source.List(t.Context(), "") {
+			listed = err
+		}
+		for what, err := range map[string]error{
+			"put":   store.Put(t.Context(), "sessions/two", strings.NewReader("x"), 1),
+			"check": store.Check(t.Context(), "gate"),
+			"list":  listed, "open": open,
+		} {
+			if err == nil || !strings.Contains(err.Error(), want) || len(err.Error()) > 600 {
+				t.Errorf("%s: %v, want %q", what, err, want)
+			}
+		}
+	}
+	if got := list(t, sourceOf(t, c)); len(got) != 2 || got["check/gate"] == "" {
+		t.Errorf("%d objects, want the one that was put and the check's", len(got))
+	}
+
+	// A file that is none is found before anything is dialled.
+	for want, file := range map[string]string{"no such file": wrong + ".nosuch", "holds no certificate": c.CredentialsFile} {
+		c.CAFile = file
+		if _, err := NewStore(c, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "ca_file: ") || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
 }
 
 // The store's contract holds with a credential that may put and read.

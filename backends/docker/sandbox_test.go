@@ -363,6 +363,89 @@ func TestMounts(t *testing.T) {
 	}
 }
 
+// TestVolumes: a named volume that the operator lists is mounted read-only, or to write where the profile says so. It is
+// the operator's: the gate neither makes nor removes one, also where its container is removed by force.
+func TestVolumes(t *testing.T) {
+	requireEngine(t)
+	docker := func(args ...string) string {
+		t.Helper()
+		out, err := exec.Command("docker", args...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("docker %v: %v: %s", args, err, out)
+		}
+		return string(out)
+	}
+	name, absent := "sallyport-test-"+rand.Text(), "sallyport-test-absent-"+rand.Text()
+	docker("volume", "create", "--label", "sallyport.test="+name, name)
+	t.Cleanup(func() { docker("volume", "rm", name) })
+	const fill = "echo a line >/v/app.log && mkdir /v/out && chmod 777 /v/out"
+	docker("run", "--rm", "--pull", "never", "--network", "none", "-v", name+":/v", busyboxImage, "/bin/sh", "-c", fill)
+
+	b := newBackend(t, func(c *Config) { c.Volumes = []string{name, absent} }) // and looks at its end that no volume came or went
+	start := func(mounts ...backends.Mount) *sandbox {
+		t.Helper()
+		spec := newSpec(busyboxImage)
+		spec.Template.Mounts = mounts
+		return startSandbox(t, b, spec)
+	}
+	s := start(backends.Mount{Type: "volume", Source: name, Target: "/v"})
+	for _, test := range []struct{ line, want string }{
+		{"cat /v/app.log", "a line\n"},
+		{"echo x >/v/out/x", "Read-only file system"},
+		{"rm /v/app.log", "Read-only file system"},
+		{"chmod 700 /v/out", "Read-only file system"},
+		{"mount -o remount,rw /v", "permission denied"},
+		{"awk '$2 == \"/v\" {print $4}' /proc/mounts | cut -d , -f 1", "ro\n"},
+	} {
+		if got := sh(t, s, test.line); !strings.Contains(got, test.want) {
+			t.Errorf("%s: %q, want %q", test.line, got, test.want)
+		}
+	}
+	writes := start(backends.Mount{Type: "volume", Source: name, Target: "/v", Write: true})
+	if got := sh(t, writes, "echo x >/v/out/x; cat /v/out/x"); got != "x\n" {
+		t.Errorf("with write: %q", got)
+	}
+	if got := sh(t, s, "cat /v/out/x"); got != "x\n" {
+		t.Errorf("the other sandbox has another volume: %q", got)
+	}
+
+	// Sandboxes end in an orderly way and by force: the volume and what is in it stay.
+	if err := s.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if err := fixture.engine.ContainerKill(context.Background(), writes.ID(), "KILL"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-writes.Done():
+	case <-time.After(20 * time.Second):
+		t.Fatal("not done")
+	}
+	if err := writes.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if got := sh(t, start(backends.Mount{Type: "volume", Source: name, Target: "/v"}), "cat /v/app.log /v/out/x"); got != "a line\nx\n" {
+		t.Errorf("afterwards: %q", got)
+	}
+
+	// One that is listed and not there, and one that is not even listed.
+	for source, want := range map[string]string{absent: "find volume: ", "sallyport-test-other": "is not listed (volumes)"} {
+		spec := newSpec(busyboxImage)
+		spec.Template.Mounts = []backends.Mount{{Type: "volume", Source: source, Target: "/v"}}
+		sandbox, err := b.Start(context.Background(), spec)
+		if err == nil {
+			sandbox.Close(context.Background())
+		}
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), source) {
+			t.Errorf("volume %s: %v, want %q", source, err, want)
+		}
+		if out, err := exec.Command("docker", "volume", "inspect", source).CombinedOutput(); err == nil {
+			docker("volume", "rm", source)
+			t.Errorf("the gate has made a volume: %s", out)
+		}
+	}
+}
+
 func TestRoot(t *testing.T) {
 	b := newBackend(t, func(c *Config) { c.AllowRoot, c.AllowCaps = true, []string{"NET_RAW"} })
 	spec := newSpec(busyboxImage)

@@ -4,6 +4,8 @@ package s3test
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -11,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -53,12 +54,27 @@ var ErrNoBinary = errors.New(BinaryEnv + " names no versitygw (make test builds 
 // Server is a running server, or one that was stopped and can be run again.
 type Server struct {
 	binary, dir, addr string
+	roots             *x509.CertPool // what has signed its certificate; nil: it speaks no TLS
 	cmd               *exec.Cmd
 	gone              chan struct{}
 }
 
 // Start starts a server whose data lie in dir, and makes bucket and users. Stop it.
-func Start(dir string) (*Server, error) {
+func Start(dir string) (*Server, error) { return start(dir, nil) }
+
+// StartTLS starts one that speaks TLS, with a certificate for 127.0.0.1 of an authority made for it; see CAFile.
+func StartTLS(dir string) (*Server, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	roots, err := certify(dir)
+	if err != nil {
+		return nil, fmt.Errorf("certify: %w", err)
+	}
+	return start(dir, roots)
+}
+
+func start(dir string, roots *x509.CertPool) (*Server, error) {
 	binary := os.Getenv(BinaryEnv)
 	if info, err := os.Stat(binary); binary == "" || err != nil || info.IsDir() {
 		return nil, ErrNoBinary
@@ -67,7 +83,7 @@ func Start(dir string) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{binary: binary, dir: dir, addr: l.Addr().String()}
+	s := &Server{binary: binary, dir: dir, addr: l.Addr().String(), roots: roots}
 	if err := l.Close(); err != nil {
 		return nil, err
 	}
@@ -86,7 +102,15 @@ func Start(dir string) (*Server, error) {
 }
 
 // Endpoint is the server's URL.
-func (s *Server) Endpoint() string { return "http://" + s.addr }
+func (s *Server) Endpoint() string {
+	if s.roots != nil {
+		return "https://" + s.addr
+	}
+	return "http://" + s.addr
+}
+
+// CAFile holds the certificate of the authority that has signed the server's. It exists if it was started by StartTLS.
+func (s *Server) CAFile() string { return filepath.Join(s.dir, caFile) }
 
 // Run runs the server, again after Stop, and waits until it answers.
 func (s *Server) Run() error {
@@ -95,8 +119,12 @@ func (s *Server) Run() error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(s.binary, "--port", s.addr, "--iam-dir", filepath.Join(s.dir, "iam"), "--keep-alive", "posix",
-		"--sidecar", filepath.Join(s.dir, "sidecar"), filepath.Join(s.dir, "data"))
+	args := []string{"--port", s.addr, "--iam-dir", filepath.Join(s.dir, "iam"), "--keep-alive"}
+	if s.roots != nil {
+		args = append(args, "--cert", filepath.Join(s.dir, certFile), "--key", filepath.Join(s.dir, keyFile))
+	}
+	args = append(args, "posix", "--sidecar", filepath.Join(s.dir, "sidecar"), filepath.Join(s.dir, "data"))
+	cmd := exec.Command(s.binary, args...)
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+Root.AccessKey, "ROOT_SECRET_KEY="+Root.SecretKey)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
@@ -147,7 +175,7 @@ func (s *Server) setUp() error {
 		return fmt.Errorf("make bucket: %w", err)
 	}
 	for _, u := range []User{Putter, Reader, Both} {
-		cmd := exec.CommandContext(ctx, s.binary, "admin", "--endpoint-url", s.Endpoint(), "--access", Root.AccessKey,
+		cmd := exec.CommandContext(ctx, s.binary, "admin", "--allow-insecure", "--endpoint-url", s.Endpoint(), "--access", Root.AccessKey,
 			"--secret", Root.SecretKey, "create-user", "--access", u.AccessKey, "--secret", u.SecretKey, "--role", "user")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("make user %s: %w: %s", u.AccessKey, err, out)
@@ -161,9 +189,9 @@ func (s *Server) setUp() error {
 
 // Client gives a client of a user's. Call done when it is not used any more.
 func (s *Server) Client(u User) (client *minio.Client, done func(), err error) {
-	transport := &http.Transport{}
-	client, err = minio.New(strings.TrimPrefix(s.Endpoint(), "http://"), &minio.Options{
-		Creds: credentials.NewStaticV4(u.AccessKey, u.SecretKey, ""), Region: "us-east-1", Transport: transport, MaxRetries: 1})
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.roots}}
+	client, err = minio.New(s.addr, &minio.Options{
+		Secure: s.roots != nil, Creds: credentials.NewStaticV4(u.AccessKey, u.SecretKey, ""), Region: "us-east-1", Transport: transport, MaxRetries: 1})
 	return client, transport.CloseIdleConnections, err
 }
 
