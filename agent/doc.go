@@ -19,6 +19,11 @@
 //   - data of a process: frames of a type (0 stdin, 1 stdout, 2 stderr), a length and that many bytes. A length of zero
 //     is the end of that direction.
 //
+// Where the stream is a unix socket, a process without a terminal has no data stream: with its proof the gate hands the
+// agent a second socket, over which come, for each process, the three pipes that the gate has made for it. Only the
+// process's ends leave the gate, so nothing inside can change the flags of the gate's own, and no descriptor ever comes
+// from inside. The pipes belong to the agent's uid, so that a program may open /dev/stdout.
+//
 // A message is a big-endian 32-bit length and that many bytes of CBOR. All that the agent sends is hostile input to
 // the gate: the guard beneath yamux and the parsers above it bound and check everything, and are fuzzed.
 //
