@@ -189,6 +189,12 @@ func newBody(k Kind) Body {
 		return new(End)
 	case KindRefused:
 		return new(Refused)
+	case KindTransfer:
+		return new(Transfer)
+	case KindContent:
+		return new(Content)
+	case KindDataRest:
+		return new(DataRest)
 	}
 	return nil
 }
@@ -222,6 +228,12 @@ func (k Kind) String() string {
 		return "end"
 	case KindRefused:
 		return "refused"
+	case KindTransfer:
+		return "transfer"
+	case KindContent:
+		return "content"
+	case KindDataRest:
+		return "data-rest"
 	}
 	return fmt.Sprintf("kind-%d", uint8(k))
 }

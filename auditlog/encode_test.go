@@ -44,7 +44,11 @@ func TestDataEncoding(t *testing.T) {
 
 // Every kind comes back as it was, and none is missing from the tables.
 func TestKinds(t *testing.T) {
+	kinds := []Kind{KindTransfer, KindContent, KindDataRest}
 	for k := KindConnect; k <= KindRefused; k++ {
+		kinds = append(kinds, k)
+	}
+	for _, k := range kinds {
 		body := newBody(k)
 		if body == nil || body.Kind() != k || strings.HasPrefix(k.String(), "kind-") {
 			t.Fatalf("kind %d: %T %s", k, body, k)
@@ -58,6 +62,12 @@ func TestKinds(t *testing.T) {
 				f.Set(reflect.ValueOf([]string{"one", "two"}))
 			case []byte:
 				f.SetBytes([]byte{0, 0xff})
+			case []uint64:
+				f.Set(reflect.ValueOf([]uint64{1, 1 << 40}))
+			case *TransferAttrs:
+				f.Set(reflect.ValueOf(&TransferAttrs{1, 1 << 40, 3, 4, 5, 6, 7}))
+			case *TransferFlow:
+				f.Set(reflect.ValueOf(&TransferFlow{1 << 40, []uint64{1, 2}, true, true, []byte{1}, true, 7}))
 			case bool:
 				f.SetBool(true)
 			case time.Time:

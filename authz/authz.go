@@ -92,6 +92,24 @@ type Permit struct {
 	// MaxDuration and IdleTimeout narrow the gate's own limits; Go durations, "1h30m".
 	MaxDuration string `json:"max_duration,omitempty"`
 	IdleTimeout string `json:"idle_timeout,omitempty"`
+	// Transfer says what of file transfers is refused and kept; nil: nothing is refused, hashes are kept.
+	Transfer *Transfer `json:"transfer,omitempty"`
+	// DataLimit is a size, "64Mi", beyond which a channel's data is kept as a number and a hash only, in each direction;
+	// empty: all is kept.
+	DataLimit string `json:"data_limit,omitempty"`
+}
+
+// Transfer is a profile's rules on file transfers by sftp and scp, which the gate reads as they pass.
+type Transfer struct {
+	DenyUpload   bool     `json:"deny_upload,omitempty"` // nothing may be written, changed or removed
+	DenyDownload bool     `json:"deny_download,omitempty"`
+	DenyPaths    []string `json:"deny_paths,omitempty"` // absolute paths as resolved inside, with all below; *, ? and ** are patterns
+	MaxSize      string   `json:"max_size,omitempty"`   // of a file, "1Gi"
+	// Content is what is kept of files: "" or "hash" (default), "full" or "none".
+	Content        string `json:"content,omitempty"`
+	ContentFile    string `json:"content_file,omitempty"`    // with full: how much of a file, default 16Mi
+	ContentSession string `json:"content_session,omitempty"` // with full: how much in a session, default 256Mi
+	Raw            bool   `json:"raw,omitempty"`             // the channel's bytes are kept as data too
 }
 
 // RequestInput is the question whether one request on a channel may be served. Login is the decision that admitted the

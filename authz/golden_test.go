@@ -89,7 +89,9 @@ func TestSchemasMatchTypes(t *testing.T) {
 			Memory: "1Gi", CPUs: 1.5, PIDs: 1, TmpSize: "1M", HomeSize: "1k", Scratch: "volume", Caps: []string{"NET_RAW"},
 			Runtime: "runsc", ExtraHosts: []string{"a:192.0.2.1"}},
 		Permit: Permit{Shell: true, Exec: true, SFTP: true, Env: []string{"LC_*"}, Forward: []string{"db:5432"},
-			Input: "all", MaxDuration: "1h", IdleTimeout: "1m"},
+			Input: "all", MaxDuration: "1h", IdleTimeout: "1m", DataLimit: "1Mi",
+			Transfer: &Transfer{DenyUpload: true, DenyDownload: true, DenyPaths: []string{"/p"}, MaxSize: "1Gi", Content: "full",
+				ContentFile: "1Mi", ContentSession: "1Gi", Raw: true}},
 		Allow: true, Reason: "r", Groups: []string{"g"}, Ticket: "t", Profile: "p", NotBefore: goldenTime,
 		NotAfter: goldenTime, Why: "w", Approved: "a", Rule: "r",
 	}

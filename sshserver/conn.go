@@ -80,6 +80,7 @@ type conn struct {
 	decision       authz.Login         // the newest one that allowed
 	sandboxID      string              //
 	sessions       map[uint32]*session // open channels
+	kept           contentKept         // of transferred files
 	channels       uint32              // channels ever opened
 	noMoreSessions bool                // no-more-sessions@openssh.com
 }

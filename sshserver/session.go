@@ -12,6 +12,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/transfer"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/backends"
 )
@@ -38,6 +39,7 @@ type session struct {
 	process sync.WaitGroup // the program's goroutine
 
 	in, out, err atomic.Uint64 // bytes recorded
+	keeps        [3]*keep      // by stream, once a program was asked for
 
 	inMu     sync.Mutex // guards inClosed; held while input is recorded, so that none is after the channel's end
 	inClosed bool
@@ -74,6 +76,11 @@ func (s *session) close(reqs <-chan *ssh.Request) {
 	s.inMu.Lock()
 	s.inClosed = true
 	s.inMu.Unlock()
+	for _, k := range s.keeps {
+		if k != nil {
+			k.end()
+		}
+	}
 	// The channel takes its place, and what the client sends its memory, until the client has closed it too.
 	for range reqs {
 	}
@@ -160,6 +167,9 @@ func (s *session) decode(req *ssh.Request, rec *auditlog.Request, act *func()) e
 		if err != nil {
 			return err
 		}
+		if err := s.mayCopy(command); err != nil {
+			return err
+		}
 		return s.program(authz.RequestInput{Type: req.Type, Command: command},
 			backends.Process{Kind: backends.KindExec, Command: command}, act)
 	case "subsystem":
@@ -211,6 +221,29 @@ func (s *session) decode(req *ssh.Request, rec *auditlog.Request, act *func()) e
 		return errUnknown
 	}
 	return nil
+}
+
+// mayCopy refuses an exec of scp that the profile's rules on transfers forbid as a whole.
+func (s *session) mayCopy(command string) error {
+	cmd, ok := transfer.ParseSCPCommand(command)
+	if !ok {
+		return nil
+	}
+	rules, err := readTransferRules(s.permit().Transfer)
+	if err != nil {
+		return &UserError{Text: "the profile's rules on transfers are wrong: tell an operator", Err: err}
+	}
+	if why := rules.scp(cmd); why != "" {
+		return &UserError{Text: why}
+	}
+	return nil
+}
+
+// permit is what the session may do now.
+func (s *session) permit() authz.Permit {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	return s.c.decision.Permit
 }
 
 // permitted asks policy about one request.
@@ -267,8 +300,10 @@ func (s *session) run(p backends.Process) {
 	}
 	p.Channel, p.Resize, p.Signals = s.id, s.resize, s.signals
 	p.Env = append(s.variables(), s.env...)
-	out := &outlet{s: s, n: &s.out}
-	out.w = s.c.tap(s.id, auditlog.Output, s.ch)
+	for i := range s.keeps {
+		s.keeps[i] = newKeep(s, auditlog.Stream(i), dataLimit(s.permit()))
+	}
+	out := &outlet{s: s, n: &s.out, keep: s.keeps[auditlog.Output], w: s.ch}
 	p.Stdout = out
 	if s.terminal != nil {
 		p.Terminal = s.terminal
@@ -282,12 +317,23 @@ func (s *session) run(p backends.Process) {
 			s.notice(s.c.welcome())
 		}
 	} else {
-		e := &outlet{s: s, n: &s.err}
-		e.w = s.c.tap(s.id, auditlog.Error, s.ch.Stderr())
-		p.Stderr = e
+		p.Stderr = &outlet{s: s, n: &s.err, keep: s.keeps[auditlog.Error], w: s.ch.Stderr()}
 		p.Stdin = &inlet{s: s}
 	}
+	files, err := newRelay(s, p)
+	if err != nil {
+		s.fail(&UserError{Text: "the profile's rules on transfers are wrong: tell an operator", Err: err})
+		s.exit(failed(err))
+		return
+	}
+	if files != nil {
+		p.Stdin, p.Stdout = files.stdin, files
+		s.c.spawn(files.pump)
+	}
 	status, err := sb.Exec(s.ctx, p)
+	if files != nil {
+		files.finish()
+	}
 	s.c.mu.Lock()
 	s.running = false
 	s.c.mu.Unlock()
@@ -424,7 +470,8 @@ func (c *conn) welcome() string {
 // outlet is a program's output on its way to the client: recorded first, then written.
 type outlet struct {
 	s    *session
-	w    io.Writer // the Recorder's tap
+	keep *keep
+	w    io.Writer // the client's
 	n    *atomic.Uint64
 	line *lastLine // of a terminal
 
@@ -441,6 +488,9 @@ func (o *outlet) Write(p []byte) (int, error) {
 	o.s.c.touch()
 	if o.line != nil {
 		o.line.add(p)
+	}
+	if err := o.keep.record(p); err != nil {
+		return 0, err
 	}
 	n, err := o.w.Write(p)
 	o.n.Add(uint64(n))
@@ -459,13 +509,13 @@ func (i *inlet) Read(p []byte) (int, error) {
 	}
 	if n > 0 {
 		i.s.c.touch()
-		if lost := i.s.c.recordInput(i.s.id, &auditlog.Data{Stream: auditlog.Input, Data: p[:n]}); lost != nil {
+		if lost := i.s.keeps[auditlog.Input].record(p[:n]); lost != nil {
 			return 0, lost
 		}
 		i.s.in.Add(uint64(n))
 	}
 	if errors.Is(err, io.EOF) {
-		i.s.c.recordInput(i.s.id, &auditlog.Data{Stream: auditlog.Input, EOF: true})
+		i.s.keeps[auditlog.Input].eof()
 	}
 	return n, err
 }

@@ -61,6 +61,14 @@ func specOf(gate, session, user string, d authz.Login) (backends.Spec, error) {
 	default:
 		return backends.Spec{}, fmt.Errorf("profile %s: permit.input: %q is none of no-passwords, all, none", d.Profile, d.Permit.Input)
 	}
+	if _, err := readTransferRules(d.Permit.Transfer); err != nil {
+		return backends.Spec{}, fmt.Errorf("profile %s: permit.transfer.%w", d.Profile, err)
+	}
+	if d.Permit.DataLimit != "" {
+		if _, err := parseSize(d.Permit.DataLimit); err != nil {
+			return backends.Spec{}, fmt.Errorf("profile %s: permit.data_limit: %w", d.Profile, err)
+		}
+	}
 	for _, m := range p.Mounts {
 		t.Mounts = append(t.Mounts, backends.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Write: m.Write})
 	}
@@ -86,6 +94,18 @@ func parseUser(s string) (uid, gid uint32, err error) {
 		*p.to = uint32(n)
 	}
 	return uid, gid, nil
+}
+
+// dataLimit is how many bytes of a stream are kept as data; 0: all. specOf has checked it.
+func dataLimit(p authz.Permit) uint64 {
+	if p.DataLimit == "" {
+		return 0
+	}
+	n, err := parseSize(p.DataLimit)
+	if err != nil {
+		return 0 // more is kept than was asked for, not less
+	}
+	return uint64(n)
 }
 
 // parseSize reads a size as Kubernetes writes it: 512Mi, 2Gi, 500M, or bytes.
