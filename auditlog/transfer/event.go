@@ -150,7 +150,7 @@ type Event struct {
 // Op is what Decide is asked about: a request that names a path, before the server has seen it.
 type Op struct {
 	Kind        Kind
-	Read, Write bool // of a File: which
+	Read, Write bool // of a File: which; of a Setstat, Write: the file is open for writing
 	Path        Path // Resolved if Config.Resolve; the request that is passed on then names that path, not Asked
 	Target      Path // as in Event
 	Name        string
@@ -166,7 +166,7 @@ type Verdict struct {
 	MaxSize uint64
 }
 
-// Content says what is kept of a file's content.
+// ContentMode says what is kept of a file's content.
 type ContentMode uint8
 
 const (
@@ -190,7 +190,8 @@ type Config struct {
 	Now func() time.Time
 
 	// Decide is asked before a request with a path is passed on. nil permits all. With a Decide, what can't be decoded or
-	// is an extension not known here is not passed.
+	// is an extension not known here is not passed. Whoever renames a directory moves all that is below it: rules on a
+	// path must refuse that of its parents.
 	Decide func(*Op) Verdict
 	// Resolve asks the server for the target of each symbolic link in a path (SSH_FXP_READLINK; SSH_FXP_REALPATH only for
 	// the directory that relative paths begin at, because servers differ in whether it follows links) before passing the

@@ -47,6 +47,7 @@ type SFTP struct {
 	answered bool               // VERSION was seen
 	progress uint64             // packets from the server
 	injected []byte             // packets for the client, to be put in between
+	said     bool               // Undecodable was said
 	err      error              // the end
 
 	queued atomic.Bool // there is something in injected
@@ -170,11 +171,12 @@ func (s *SFTP) Finish() error {
 		first = errors.Join(first, s.c.Event(e))
 	}
 	for _, l := range []*lane{&s.client, &s.server} {
-		if !s.raw.Load() && (len(l.hold) > 0 || l.left > 0) {
+		if !s.said && (len(l.hold) > 0 || l.left > 0) {
+			s.said = true
 			first = errors.Join(first, s.c.Event(s.undecodable(l, "the stream ends in the middle of a packet")))
-			if len(l.hold) > 0 {
-				first = errors.Join(first, s.c.Raw(l.dir, l.offset(), l.hold))
-			}
+		}
+		if len(l.hold) > 0 {
+			first = errors.Join(first, s.c.Raw(l.dir, l.offset(), l.hold))
 		}
 		l.hold, l.left = nil, 0
 	}
@@ -230,7 +232,8 @@ func (s *SFTP) undecodable(l *lane, why string) *Event {
 // violated says, once, that a stream does not keep to the protocol.
 func (s *SFTP) violated(l *lane, why string) error {
 	s.mu.Lock()
-	said := s.raw.Load() || s.err != nil
+	said := s.said || s.err != nil
+	s.said = true
 	if s.c.Decide == nil {
 		s.raw.Store(true)
 	} else if s.err == nil {
@@ -533,7 +536,10 @@ func (s *SFTP) endDownload() error {
 	f.pending--
 	e := s.done(f)
 	s.mu.Unlock()
-	return s.event(e)
+	if e == nil {
+		return nil
+	}
+	return s.c.Event(e)
 }
 
 // content hands p to Config.Content as far as the limits go.
@@ -553,13 +559,6 @@ func (s *SFTP) content(f *file, d Direction, offset uint64, kept *uint64, p []by
 	}
 	*kept += n
 	return s.c.Content(f.event.ID, d, offset, p[:n])
-}
-
-func (s *SFTP) event(e *Event) error {
-	if e == nil {
-		return nil
-	}
-	return s.c.Event(e)
 }
 
 // done is the event of a file that is closed, with nothing unanswered; mu is held.
@@ -585,7 +584,7 @@ func (s *SFTP) finished(f *file) *Event {
 	f.reader.stop()
 	f.writer.stop()
 	if e.Kind == List {
-		e.Read.SHA256 = nil
+		e.Read = Flow{Bytes: f.reads.bytes}
 		return e
 	}
 	if r := &e.Read; r.Contiguous && (f.eof == r.Bytes || f.size == r.Bytes && r.Bytes > 0) {

@@ -1,8 +1,6 @@
 package transfer
 
-import (
-	"math"
-)
+import "math"
 
 // fromClient is lane.packet of what the client sends.
 func (s *SFTP) fromClient(b []byte, payload int) (bool, error) {
@@ -152,7 +150,13 @@ func (s *SFTP) fsetstat(id uint32, r *reader) (bool, error) {
 	size := uint64(noSize)
 	if attrs.Valid&AttrSize != 0 {
 		size = attrs.Size
-		if f.max > 0 && size > f.max {
+	}
+	if s.c.Decide != nil {
+		v := s.c.Decide(&Op{Kind: Setstat, Write: f.event.Flags&FlagWrite != 0, Path: e.Path, Attrs: attrs})
+		if v.Deny != "" {
+			return false, s.deny(id, e, StatusPermissionDenied, v.Deny)
+		}
+		if limit := f.max; limit > 0 && size != noSize && size > limit {
 			return false, s.deny(id, e, StatusPermissionDenied, tooLarge)
 		}
 	}

@@ -19,7 +19,7 @@ func (s *SFTP) fromServer(b []byte, payload int) (bool, error) {
 			s.cond.Broadcast()
 		}
 	}
-	var e *Event
+	var events [2]*Event
 	var err error
 	pass := known && q.ask == nil
 	switch {
@@ -30,14 +30,20 @@ func (s *SFTP) fromServer(b []byte, payload int) (bool, error) {
 	case typ == fxpData && q.typ == fxpRead:
 		err = s.data(q, &r, payload)
 	default:
-		e, err = s.answer(typ, q, &r, payload)
+		events[0], err = s.answer(typ, q, &r, payload)
 	}
-	if err != nil && known {
+	switch {
+	case err != nil && known:
 		s.requests[id] = q // unanswered
+	case err == nil && q.file != nil && s.down.file == nil:
+		q.file.pending--
+		events[1] = s.done(q.file)
 	}
 	s.mu.Unlock()
-	if err == nil {
-		err = s.event(e)
+	for _, e := range events {
+		if err == nil && e != nil {
+			err = s.c.Event(e)
+		}
 	}
 	return pass, err
 }
@@ -64,7 +70,6 @@ func (s *SFTP) data(q request, r *reader, payload int) error {
 		return errAnswer
 	}
 	if payload == 0 {
-		q.file.pending--
 		return nil
 	}
 	q.file.reader.begin(q.offset, payload)
@@ -103,19 +108,16 @@ func (s *SFTP) answer(typ byte, q request, r *reader, payload int) (*Event, erro
 	default:
 		return nil, errAnswer
 	}
-	if q.event != nil {
-		s.state -= q.event.cost()
-		q.event.End = s.c.now()
-	}
-	return q.event, s.ended(q)
+	return s.recorded(q, Status{}), nil
 }
 
-// ended counts a request on a file as answered. Nothing is recorded: only a CLOSE, a STATUS or content ends a file.
-func (s *SFTP) ended(q request) error {
-	if q.file != nil {
-		q.file.pending--
+// recorded is the event of a request that was answered, if it has one.
+func (s *SFTP) recorded(q request, st Status) *Event {
+	if q.event != nil {
+		s.state -= q.event.cost()
+		q.event.Status, q.event.End = st, s.c.now()
 	}
-	return nil
+	return q.event
 }
 
 func (s *SFTP) handle(q request, r *reader) error {
@@ -178,21 +180,11 @@ func (s *SFTP) status(q request, r *reader) (*Event, error) {
 	case q.typ == fxpClose:
 		f.closed = true
 	}
-	if f != nil {
-		f.pending--
-		if failed && f.status.Code == StatusOK && q.event == nil && q.typ != fxpFstat && q.typ != fxpExtended {
-			f.status = st
-		}
-		if e := s.done(f); e != nil {
-			if q.event != nil {
-				return nil, violation("a file that was closed before") // can't be: pending counts it
-			}
-			return e, nil
-		}
+	if q.event != nil || q.typ == fxpFstat || q.typ == fxpExtended && st.Code == StatusUnsupported {
+		failed = false // not the file's failure
 	}
-	if q.event != nil {
-		s.state -= q.event.cost()
-		q.event.Status, q.event.End = st, s.c.now()
+	if failed && f != nil && f.status.Code == StatusOK {
+		f.status = st
 	}
-	return q.event, nil
+	return s.recorded(q, st), nil
 }
