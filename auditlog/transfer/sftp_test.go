@@ -636,7 +636,7 @@ func TestResolve(t *testing.T) {
 				batch += "-get " + p + " LOCAL/stolen\n"
 			}
 			batch += "-put LOCAL/up dangling\n-put LOCAL/up secret/new\n-get loop LOCAL/stolen\n-ln secret/key open/hard\n" +
-				"-rename secret s\nput LOCAL/up deep/new\nln -s secret/key open/soft\nrm a\nmkdir open/made\n-get open/soft LOCAL/stolen\n"
+				"-rename secret s\nput LOCAL/up deep/new\nln -s " + dir + "/secret/key open/soft\nrm a\nmkdir open/made\n-get open/soft LOCAL/stolen\n"
 			var opened sync.Map
 			r, out, ok := sftpClient(t, dir, srv, strings.ReplaceAll(batch, "LOCAL", local), func(c *Config) {
 				c.Resolve = true
