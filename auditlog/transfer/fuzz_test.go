@@ -20,7 +20,8 @@ func fuzzed(t *testing.T, data []byte, d decoder) (in [2][]byte) {
 		pieces = append(pieces, piece{Direction(data[0] & 1), data[1 : 1+n]})
 		data = data[1+n:]
 	}
-	// A call can wait for the other direction, so each has its goroutine; a piece waits a moment for the one before.
+	// A call can wait for the other direction, so each has its goroutine; a piece waits only a moment for the one before.
+	passed := make(chan struct{}, len(pieces))
 	done := [2]chan struct{}{make(chan struct{}), make(chan struct{})}
 	queue := [2]chan []byte{make(chan []byte, len(pieces)), make(chan []byte, len(pieces))}
 	var took [2][]byte
@@ -28,7 +29,9 @@ func fuzzed(t *testing.T, data []byte, d decoder) (in [2][]byte) {
 		go func() {
 			defer close(done[i])
 			for b := range queue[i] {
-				if give(b) != nil {
+				err := give(b)
+				passed <- struct{}{}
+				if err != nil {
 					return
 				}
 				took[i] = append(took[i], b...)
@@ -37,10 +40,14 @@ func fuzzed(t *testing.T, data []byte, d decoder) (in [2][]byte) {
 	}
 	for _, p := range pieces {
 		queue[p.d] <- bytes.Clone(p.b)
+		select {
+		case <-passed:
+		case <-time.After(200 * time.Microsecond):
+		}
 	}
 	close(queue[0])
 	close(queue[1])
-	timer := time.After(20 * time.Millisecond)
+	timer := time.After(time.Millisecond)
 	for _, c := range done {
 		select {
 		case <-c:

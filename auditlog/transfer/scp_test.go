@@ -306,3 +306,43 @@ func TestParseSCPCommand(t *testing.T) {
 		}
 	}
 }
+
+// A source that does not wait for answers is made to, and a sink's answers given in advance are used one by one.
+func TestSCPImpatient(t *testing.T) {
+	for _, sinkFirst := range []bool{false, true} {
+		r := newRecording()
+		var toS, toC bytes.Buffer
+		s := NewSCP(r.config(&toS, &toC), SCPCommand{Sink: true, Paths: []string{"x"}})
+		all, answers := "C0644 3 f\nabc\x00C0644 1 g\nC0600 2 h\nxy\x00", "\x00\x00\x00\x01no\n\x00\x00"
+		done := make(chan error)
+		if sinkFirst {
+			if err := s.Server([]byte(answers)); err != nil || toC.String() != "\x00" {
+				t.Fatalf("%v %q", err, toC.String())
+			}
+		}
+		go func() { done <- s.Client([]byte(all)) }()
+		if !sinkFirst {
+			select {
+			case <-done:
+				t.Fatal("the source was not made to wait")
+			case <-time.After(10 * time.Millisecond):
+			}
+			for i := range answers {
+				if err := s.Server([]byte(answers[i : i+1])); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		s.Finish()
+		if toS.String() != all || toC.String() != answers || len(r.events) != 3 {
+			t.Fatalf("%q %q\n%s", toS.String(), toC.String(), dump(r.events))
+		}
+		if f, g, h := r.events[0], r.events[1], r.events[2]; string(f.Written.SHA256) != sum("abc") || !f.Written.Whole ||
+			g.Status.Message != "no" || g.Written.Bytes != 0 || string(h.Written.SHA256) != sum("xy") || !h.Written.Whole {
+			t.Error(dump(r.events))
+		}
+	}
+}
