@@ -226,13 +226,11 @@ func newRelay(s *session, p backends.Process) (*relay, error) {
 	}
 	if rules.any() {
 		c.Decide = rules.decide
-		if len(rules.denyPaths) > 0 {
-			c.Resolve = true
-		}
 	}
 	if isSCP {
 		r.protocol, r.decoder = "scp", transfer.NewSCP(c, cmd)
 	} else {
+		c.Resolve = true // for the record, where no rule needs it
 		r.decoder = transfer.NewSFTP(c)
 	}
 	return r, nil

@@ -186,6 +186,21 @@ func newLine(rec auditlog.Record) line {
 			*auditlog.ChannelOpen
 			Extra *jsonBytes `json:"extra,omitempty"`
 		}{b, newBytes(b.Extra)}
+	case *auditlog.Transfer:
+		l.Body = newTransfer(b)
+	case *auditlog.Content:
+		l.Body = struct {
+			*auditlog.Content
+			Stream string     `json:"stream"`
+			Data   *jsonBytes `json:"data,omitempty"`
+			SHA256 string     `json:"sha256"`
+		}{b, streamName(b.Stream), newBytes(b.Data), hex.EncodeToString(b.SHA256)}
+	case *auditlog.DataRest:
+		l.Body = struct {
+			*auditlog.DataRest
+			Stream string `json:"stream"`
+			SHA256 string `json:"sha256,omitempty"`
+		}{b, streamName(b.Stream), hex.EncodeToString(b.SHA256)}
 	case *auditlog.Unknown:
 		l.Body = map[string]string{"cbor": hex.EncodeToString(b.Raw)}
 	}

@@ -120,6 +120,8 @@ func (a *account) add(rec auditlog.Record) {
 	case *auditlog.ChannelOpen:
 		c.opened = rec
 		return
+	case *auditlog.Content:
+		return // see extract
 	case *auditlog.Request:
 		c.pty = c.pty || b.Type == "pty-req" && b.OK
 	}
@@ -280,6 +282,14 @@ func (t *tool) tellChannel(w *textWriter, c *channel) {
 				w.field(b.Type, b.Term, fmt.Sprintf("%d columns %d rows", b.Columns, b.Rows), answer(b.OK), b.Reason)
 			default:
 				w.field(b.Type, cmp.Or(b.Name, map[bool]string{true: "accepted"}[b.OK]), answer(b.OK), b.Reason)
+			}
+		case *auditlog.Transfer:
+			w.tellTransfer(b)
+		case *auditlog.DataRest:
+			if b.End {
+				w.field("not kept", fmt.Sprintf("%s beyond %s of %s", streamName(b.Stream), size(b.Offset), size(b.Bytes)), fmt.Sprintf("sha256 of all %x", b.SHA256))
+			} else {
+				w.field("not kept", fmt.Sprintf("%s beyond %s", streamName(b.Stream), size(b.Offset)))
 			}
 		case *auditlog.Alert:
 			w.field("ALERT", b.Name, b.Detail)
