@@ -609,6 +609,50 @@ func (e *Engine) Explain(ctx context.Context, in LoginInput, at time.Time) (Expl
 	return x, nil
 }
 
+// Warnings names what in the data is likely not meant, at most 100 lines: profiles whose rules on transfers leave other ways
+// open.
+func (e *Engine) Warnings() []string {
+	profiles, _ := e.current.Load().store["profiles"].(map[string]any)
+	var warnings []string
+	for _, name := range slices.Sorted(maps.Keys(profiles)) {
+		entry, _ := profiles[name].(map[string]any)
+		permit, _ := entry["permit"].(map[string]any)
+		rules, _ := permit["transfer"].(map[string]any)
+		var denied, open []string
+		for _, what := range []string{"deny_upload", "deny_download", "deny_paths", "max_size"} {
+			switch v := rules[what].(type) {
+			case bool:
+				if !v {
+					continue
+				}
+			case nil:
+				continue
+			}
+			denied = append(denied, what)
+		}
+		for _, way := range []string{"shell", "exec", "forward"} {
+			switch v := permit[way].(type) {
+			case bool:
+				if !v {
+					continue
+				}
+			case []any:
+				if len(v) == 0 {
+					continue
+				}
+			case nil:
+				continue
+			}
+			open = append(open, way)
+		}
+		if len(denied) > 0 && len(open) > 0 && len(warnings) < 100 {
+			warnings = append(warnings, fmt.Sprintf("profile %s: transfer.%s holds for sftp and scp alone; %s is permitted too, and carries files past it",
+				Printable(name, 64), strings.Join(denied, ", "), strings.Join(open, ", ")))
+		}
+	}
+	return warnings
+}
+
 // Keys gives the keys that stand in the data for a user.
 func (e *Engine) Keys(user string) []Key {
 	users, _ := e.current.Load().store["users"].(map[string]any)

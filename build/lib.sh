@@ -73,6 +73,7 @@ has() {
 	case $1 in
 	static-busybox) command -v busybox >/dev/null && ! ldd "$(command -v busybox)" >/dev/null 2>&1 ;;
 	c-headers) has gcc && echo '#include <stdlib.h>' | gcc -E -x c -o /dev/null - 2>/dev/null ;;
+	sftp-server) [ -x /usr/lib/openssh/sftp-server ] || [ -x /usr/libexec/sftp-server ] || [ -x /usr/lib/ssh/sftp-server ] ;;
 	postgres-server) command -v postgres >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null ;;
 	*) command -v "$1" >/dev/null ;;
 	esac

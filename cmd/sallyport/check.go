@@ -68,11 +68,16 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	}
 	say("host keys", err)
 	policy, err := authz.Open(cfg.Policy, quiet)
+	var warnings []string
 	if err == nil {
 		err = policy.Ready()
+		warnings = policy.Warnings()
 		policy.Close()
 	}
 	say("policy", err)
+	for _, w := range warnings {
+		fmt.Fprintf(out, "%-10s note: %s\n", "policy", w)
+	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	backend, err := docker.New(ctx, cfg.Docker, cfg.Gate, quiet)
