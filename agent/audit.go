@@ -216,7 +216,7 @@ func reportLimits(r *backends.Report) error {
 	case r.Exec != nil:
 		e := r.Exec
 		ok = ok && pid(e.PID) && pid(e.Parent) && paths(e.Path, e.Dir) && hashes(e.Script) && argLimits(&e.Args) &&
-			len(e.Error) <= 256 && len(e.Entry) <= 32 && earlier(e.Of)
+			len(e.Error) <= 256 && len(e.Entry) <= 32 && earlier(e.Of) && earlier(e.By)
 	case r.Started != nil:
 		s := r.Started
 		ok = ok && pid(s.PID) && paths(s.File) && hashes(s.Image) && (s.Args == nil || argLimits(s.Args)) && earlier(s.Exec)

@@ -68,6 +68,7 @@ type tracked struct {
 	exec    uint64 // sequence of its last Exec
 	pending bool   // that has not been seen to start
 	asked   mark   // its arguments
+	by      uint64 // the program that asked for it
 	program []byte // file of what was last seen to start
 	running mark   // its arguments
 }
@@ -316,7 +317,7 @@ func (r *reader) closeMemory() {
 // exec reports an execution.
 func (r *reader) exec(m *machine, c call) error {
 	who := r.identify(int(r.n.tid))
-	e := backends.Exec{PID: who.pid, Parent: who.parent, UID: who.uid, Entry: c.name}
+	e := backends.Exec{PID: who.pid, Parent: who.parent, UID: who.uid, Entry: c.name, By: r.by(who)}
 	r.args.reset()
 	missing := false
 	if p := r.becoming(who.pid); p != nil {
@@ -351,7 +352,7 @@ func (r *reader) exec(m *machine, c call) error {
 	if err != nil {
 		return err
 	}
-	r.track(who, r.channel, seq, asked)
+	r.track(who, r.channel, seq, e.By, asked)
 	if who.pid == r.first {
 		r.watch.mu.Lock()
 		r.told = seq
@@ -477,8 +478,35 @@ func (r *reader) identify(tid int) identity {
 	return who
 }
 
+// maxAncestors bounds the way up from a process to one that has executed something.
+const maxAncestors = 16
+
+// by gives the last execution of the process, or of its nearest ancestor that has one.
+func (r *reader) by(who identity) uint64 {
+	for pid, n := who.pid, 0; pid > 1 && n < maxAncestors; n++ {
+		r.recorder.mu.Lock()
+		t := r.procs[pid]
+		var exec uint64
+		if t != nil {
+			if exec = t.exec; t.pending && n == 0 {
+				exec = t.by // that one failed
+			}
+		}
+		r.recorder.mu.Unlock()
+		if t != nil {
+			return exec
+		}
+		if n == 0 {
+			pid = who.parent
+		} else {
+			pid = readStatus(pid, &r.path).parent
+		}
+	}
+	return 0
+}
+
 // track remembers a process's last execution.
-func (r *recorder) track(who identity, channel uint32, seq uint64, asked mark) {
+func (r *recorder) track(who identity, channel uint32, seq, by uint64, asked mark) {
 	r.mu.Lock()
 	t := r.procs[who.pid]
 	var old *tracked
@@ -500,7 +528,7 @@ func (r *recorder) track(who identity, channel uint32, seq uint64, asked mark) {
 			unix.EpollCtl(r.epoll, unix.EPOLL_CTL_ADD, t.pidfd, &ev)
 		}
 	}
-	t.exec, t.pending, t.asked = seq, true, asked
+	t.exec, t.pending, t.asked, t.by = seq, true, asked, by
 	r.mu.Unlock()
 	if old != nil {
 		r.end(old)

@@ -44,7 +44,11 @@ func TestDataEncoding(t *testing.T) {
 
 // Every kind comes back as it was, and none is missing from the tables.
 func TestKinds(t *testing.T) {
+	kinds := []Kind{KindProgramExec, KindProgramStart, KindProgramEnd, KindConnectOut, KindScript, KindUnaudited}
 	for k := KindConnect; k <= KindRefused; k++ {
+		kinds = append(kinds, k)
+	}
+	for _, k := range kinds {
 		body := newBody(k)
 		if body == nil || body.Kind() != k || strings.HasPrefix(k.String(), "kind-") {
 			t.Fatalf("kind %d: %T %s", k, body, k)
@@ -58,6 +62,8 @@ func TestKinds(t *testing.T) {
 				f.Set(reflect.ValueOf([]string{"one", "two"}))
 			case []byte:
 				f.SetBytes([]byte{0, 0xff})
+			case [][]byte:
+				f.Set(reflect.ValueOf([][]byte{{0, 0xff}, {}}))
 			case bool:
 				f.SetBool(true)
 			case time.Time:
