@@ -13,10 +13,8 @@ import (
 
 // connect reports an address that a process sends to, if it is one of the internet.
 func (r *reader) connect(name string, addr, length uint64) error {
-	if err := r.openMemory(); err != nil {
-		return r.tellConnect(name, netip.AddrPort{}, "read memory: "+err.Error())
-	}
-	defer r.closeMemory()
+	r.mem.open(int(r.n.tid))
+	defer r.mem.close()
 	return r.readAddress(name, addr, length)
 }
 
@@ -28,10 +26,7 @@ func (r *reader) readAddress(name string, addr, length uint64) error {
 		return nil
 	}
 	if errno := r.mem.bytes(addr, b[:n]); errno != 0 {
-		if errno == unix.EFAULT || errno == unix.EIO {
-			return nil // the kernel will find nothing either
-		}
-		return r.tellConnect(name, netip.AddrPort{}, "read memory: "+errno.Error())
+		return r.unread(name, errno)
 	}
 	port := binary.BigEndian.Uint16(b[2:])
 	switch family := binary.NativeEndian.Uint16(b[:]); {
@@ -44,19 +39,25 @@ func (r *reader) readAddress(name string, addr, length uint64) error {
 	return nil
 }
 
+// unread reports that an address could not be read, unless the kernel will find nothing there either.
+func (r *reader) unread(name string, errno unix.Errno) error {
+	if errno == unix.EFAULT || errno == unix.EIO {
+		return nil
+	}
+	return r.tellConnect(name, netip.AddrPort{}, "read memory: "+errno.Error())
+}
+
 // message reports the address in a struct msghdr.
 func (r *reader) message(name string, m *machine, addr uint64) error {
-	if err := r.openMemory(); err != nil {
-		return r.tellConnect(name, netip.AddrPort{}, "read memory: "+err.Error())
-	}
-	defer r.closeMemory()
+	r.mem.open(int(r.n.tid))
+	defer r.mem.close()
 	return r.readMessageHeader(name, m, addr)
 }
 
 func (r *reader) readMessageHeader(name string, m *machine, addr uint64) error {
 	var b [12]byte
-	if r.mem.bytes(addr, b[:m.pointer+4]) != 0 {
-		return nil
+	if errno := r.mem.bytes(addr, b[:m.pointer+4]); errno != 0 {
+		return r.unread(name, errno)
 	}
 	at := uint64(binary.LittleEndian.Uint32(b[:]))
 	if m.pointer == 8 {
@@ -70,15 +71,13 @@ func (r *reader) readMessageHeader(name string, m *machine, addr uint64) error {
 
 // socketcall reports the i386 call of many calls, whose arguments stand in memory.
 func (r *reader) socketcall(m *machine) error {
-	if err := r.openMemory(); err != nil {
-		return r.tellConnect("socketcall", netip.AddrPort{}, "read memory: "+err.Error())
-	}
-	defer r.closeMemory()
+	r.mem.open(int(r.n.tid))
+	defer r.mem.close()
 	var b [24]byte
 	which := uint32(r.n.args[0])
 	size := map[uint32]int{socketcallConnect: 12, socketcallSendto: 24, socketcallSendmsg: 12, socketcallSendmmsg: 16}[which]
-	if r.mem.bytes(r.n.args[1], b[:size]) != 0 {
-		return nil
+	if errno := r.mem.bytes(r.n.args[1], b[:size]); errno != 0 {
+		return r.unread("socketcall", errno)
 	}
 	arg := func(i int) uint64 { return uint64(binary.LittleEndian.Uint32(b[4*i:])) }
 	switch which {

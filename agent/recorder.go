@@ -33,7 +33,7 @@ const (
 	scanEvery = 5 * time.Second
 
 	// gatherEnds is how long ends of processes are gathered.
-	gatherEnds = 5 * time.Millisecond
+	gatherEnds = 50 * time.Millisecond
 
 	// settleLimit bounds the wait for the reports of a process that has ended.
 	settleLimit = 2 * time.Second
@@ -51,7 +51,8 @@ type recorder struct {
 	exits     bool        // the kernel does not keep exit statuses for pidfds (before Linux 6.15): exit_group is notified
 	pollFirst bool        // the kernel does not tell a waiting receiver that no process is left (before Linux 6.11)
 	uid       uint32
-	epoll     int // pidfds of tracked processes
+	epoll     int         // pidfds of tracked processes
+	noVM      atomic.Bool // see memory
 
 	mu    sync.Mutex // guards what follows; never held while something is waited for
 	procs map[int]*tracked
@@ -140,7 +141,7 @@ type reader struct {
 
 func (w *watch) read() {
 	r := &reader{watch: w}
-	r.mem.fd = -1
+	r.mem.path, r.mem.noVM = &r.path, &w.noVM
 	r.idle.Store(true)
 	guard := make(chan struct{}, 1)
 	defer close(guard)
@@ -296,24 +297,6 @@ type call struct {
 	dir        int32
 }
 
-func (r *reader) openMemory() error {
-	r.mem.have = 0
-	fd, errno := r.path.set(int(r.n.tid), "mem").open(unix.O_RDONLY)
-	if errno != 0 {
-		r.mem.fd = -1
-		return errno
-	}
-	r.mem.fd = fd
-	return nil
-}
-
-func (r *reader) closeMemory() {
-	if r.mem.fd >= 0 {
-		unix.Close(r.mem.fd)
-		r.mem.fd = -1
-	}
-}
-
 // exec reports an execution.
 func (r *reader) exec(m *machine, c call) error {
 	who := r.identify(int(r.n.tid))
@@ -366,23 +349,20 @@ func cut(b []byte) []byte { return b[:min(len(b), backends.MaxReportPath)] }
 
 // readExec reads what was asked for from the caller's memory; missing says that there is no such file.
 func (r *reader) readExec(m *machine, c call, e *backends.Exec) (missing bool, err error) {
-	if err := r.openMemory(); err != nil {
-		e.Error = "read memory: " + err.Error()
-	} else {
-		var whole bool
-		var errno syscall.Errno
-		r.text, whole, errno = r.mem.text(r.text[:0], c.path, backends.MaxReportPath)
-		e.Path = r.text
-		if errno == 0 && !whole {
-			e.Error = "the path is too long"
-		}
-		if errno == 0 {
-			errno = r.mem.args(&r.args, c.args, m.pointer)
-		}
-		if errno != 0 {
-			e.Error = "read memory: " + errno.Error()
-		}
-		r.closeMemory()
+	r.mem.open(int(r.n.tid))
+	var whole bool
+	var errno syscall.Errno
+	r.text, whole, errno = r.mem.text(r.text[:0], c.path, backends.MaxReportPath)
+	e.Path = r.text
+	if errno == 0 && !whole {
+		e.Error = "the path is too long"
+	}
+	if errno == 0 {
+		errno = r.mem.args(&r.args, c.args, m.pointer)
+	}
+	r.mem.close()
+	if errno != 0 {
+		e.Error = "read memory: " + errno.Error()
 	}
 	tid := int(r.n.tid)
 	e.Dir = bytes.Clone(r.path.set(tid, "cwd").readlink(r.link[:]))

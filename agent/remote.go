@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"hash"
 	"strconv"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -53,8 +54,14 @@ func (p *procPath) readlink(b []byte) []byte {
 
 // memory reads another process's memory, in windows: what a program is started with mostly lies close together. The
 // processes of a session are dumpable descendants of the agent, so /proc gives it to the agent.
+//
+// process_vm_readv(2) needs no open file, but older engines' profiles forbid it; /proc/TID/mem takes 20 µs more for a new
+// process.
 type memory struct {
-	fd     int
+	tid    int
+	fd     int          // of /proc/TID/mem; -1: process_vm_readv is used
+	path   *procPath    // for it
+	noVM   *atomic.Bool // process_vm_readv is forbidden
 	window [moreRead]byte
 	at     uint64 // of window
 	have   int    // bytes of window that are there
@@ -65,21 +72,66 @@ func (m *memory) read(addr uint64, n int) ([]byte, unix.Errno) {
 	if addr >= m.at && addr < m.at+uint64(m.have) {
 		return m.window[addr-m.at : m.have], 0
 	}
+	m.have = 0
+	got, errno := m.pread(m.window[:n], addr)
+	if errno != 0 {
+		return nil, errno
+	}
+	m.at, m.have = addr, got
+	return m.window[:got], 0
+}
+
+// open begins the reading of tid's memory.
+func (m *memory) open(tid int) {
+	m.tid, m.fd, m.have = tid, -1, 0
+}
+
+func (m *memory) close() {
+	if m.fd >= 0 {
+		unix.Close(m.fd)
+		m.fd = -1
+	}
+}
+
+// pread reads at least one byte.
+func (m *memory) pread(b []byte, addr uint64) (int, unix.Errno) {
 	for {
-		got, _, errno := unix.Syscall6(unix.SYS_PREAD64, uintptr(m.fd), uintptr(unsafe.Pointer(&m.window[0])), uintptr(n),
-			uintptr(addr), 0, 0)
+		var n uintptr
+		var errno unix.Errno
+		if m.fd < 0 && !m.noVM.Load() {
+			local := unix.Iovec{Base: &b[0], Len: uint64(len(b))}
+			remote := unix.RemoteIovec{Base: uintptr(addr), Len: len(b)}
+			n, _, errno = unix.Syscall6(unix.SYS_PROCESS_VM_READV, uintptr(m.tid), uintptr(unsafe.Pointer(&local)), 1,
+				uintptr(unsafe.Pointer(&remote)), 1, 0)
+			if errno == unix.EPERM || errno == unix.ENOSYS {
+				// By the profile, or because this process's memory can't be read at all: /proc tells which.
+				fd, errno := m.path.set(m.tid, "mem").open(unix.O_RDONLY)
+				if errno != 0 {
+					return 0, errno
+				}
+				m.fd = fd
+				m.noVM.Store(true)
+				continue
+			}
+		} else {
+			if m.fd < 0 {
+				fd, errno := m.path.set(m.tid, "mem").open(unix.O_RDONLY)
+				if errno != 0 {
+					return 0, errno
+				}
+				m.fd = fd
+			}
+			n, _, errno = unix.Syscall6(unix.SYS_PREAD64, uintptr(m.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(addr), 0, 0)
+		}
 		switch {
 		case errno == unix.EINTR:
-			continue
 		case errno != 0:
-			m.have = 0
-			return nil, errno
-		case got == 0:
-			m.have = 0
-			return nil, unix.EFAULT
+			return 0, errno
+		case n == 0:
+			return 0, unix.EFAULT
+		default:
+			return int(n), 0
 		}
-		m.at, m.have = addr, int(got)
-		return m.window[:got], 0
 	}
 }
 
@@ -132,17 +184,14 @@ func (m *memory) args(c *argCollector, addr uint64, pointer int) unix.Errno {
 	window := stringRead
 	for {
 		// A page that isn't there may follow the array.
-		n, _, errno := unix.Syscall6(unix.SYS_PREAD64, uintptr(m.fd), uintptr(unsafe.Pointer(&pointers[0])),
-			pointerRead, uintptr(addr), 0, 0)
+		n, errno := m.pread(pointers[:], addr)
 		switch {
-		case errno == unix.EINTR:
-			continue
 		case errno != 0:
 			return errno
-		case int(n) < pointer:
+		case n < pointer:
 			return unix.EFAULT
 		}
-		for p := pointers[:int(n)/pointer*pointer]; len(p) > 0; p = p[pointer:] {
+		for p := pointers[:n/pointer*pointer]; len(p) > 0; p = p[pointer:] {
 			at := uint64(binary.LittleEndian.Uint32(p))
 			if pointer == 8 {
 				at = binary.LittleEndian.Uint64(p)
@@ -168,7 +217,7 @@ func (m *memory) args(c *argCollector, addr uint64, pointer int) unix.Errno {
 				window = moreRead
 			}
 		}
-		addr += uint64(int(n) / pointer * pointer)
+		addr += uint64(n / pointer * pointer)
 	}
 }
 
