@@ -84,8 +84,17 @@ func (p *programs) add(rec auditlog.Record) bool {
 			p.strange = append(p.strange, b)
 		}
 	case *auditlog.ProgramEnd:
-		if n := p.byExec[b.Exec]; n != nil {
+		n := p.byExec[b.Exec]
+		if n != nil {
 			n.end = b
+		}
+		// What a process attempted in vain was not its end: that is the program's that it already was.
+		for seen := 0; n != nil && n.start == nil && seen < maxDepth; seen++ {
+			by := p.byExec[n.exec.By]
+			if by == nil || by.exec.PID != b.PID || by.end != nil {
+				break
+			}
+			by.end, n = b, by
 		}
 	case *auditlog.ConnectOut:
 		switch n := p.byExec[b.Exec]; {
