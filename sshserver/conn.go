@@ -574,6 +574,9 @@ func (c *conn) startSandbox(spec backends.Spec) {
 			c.mu.Unlock()
 		}
 		c.record(0, &rec)
+		if why, off := strings.CutPrefix(rec.ExecAudit, "off: "); off {
+			c.record(0, &auditlog.Alert{Name: "exec-audit-off", Detail: why})
+		}
 	})
 }
 
