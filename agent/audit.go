@@ -146,7 +146,10 @@ func (r *recorder) probe(reap *reaper) error {
 		<-status
 		return errors.New("a notified call did not return")
 	}
-	if !code.Exited() || code.ExitStatus() != 0 {
+	switch {
+	case code.Exited() && code.ExitStatus() == probeOneRoot:
+		r.oneRoot = true
+	case !code.Exited() || code.ExitStatus() != 0:
 		return errors.New("a notified call was not made")
 	}
 	var info pidfdInfo
@@ -182,8 +185,17 @@ func probeChild() int {
 	if _, _, errno := unix.RawSyscall(unix.SYS_CONNECT, uintptr(bad), 0, 0); errno != unix.EBADF {
 		return 1
 	}
+	// Who could make a user namespace would have all capabilities in it. Where it is not forbidden, it fails otherwise: this
+	// process has threads.
+	err = unix.Unshare(unix.CLONE_NEWUSER)
+	if (err == unix.EPERM || err == unix.ENOSYS) && unix.Chroot("/") == unix.EPERM {
+		return probeOneRoot
+	}
 	return 0
 }
+
+// probeOneRoot is the exit code of a probe that has found that no process of the session can change its root directory.
+const probeOneRoot = 3
 
 // reportLimits says what is wrong with a report from a sandbox, whose agent may have been replaced by anything.
 func reportLimits(r *backends.Report) error {

@@ -53,6 +53,7 @@ type recorder struct {
 	uid       uint32
 	epoll     int         // pidfds of tracked processes
 	noVM      atomic.Bool // see memory
+	oneRoot   bool        // all processes have this one's root directory
 
 	mu    sync.Mutex // guards what follows; never held while something is waited for
 	procs map[int]*tracked
@@ -381,8 +382,13 @@ func (r *reader) readExec(m *machine, c call, e *backends.Exec) (missing bool, e
 		e.Path = cut(base)
 		r.path.set(tid, at)
 	case bytes.HasPrefix(e.Path, []byte("/")):
-		r.path.set(tid, "root")
-		r.path.b = append(append(r.path.b[:len(r.path.b)-1], e.Path...), 0)
+		// The way by /proc makes the kernel prepare an entry that is used once.
+		r.path.b = r.path.b[:0]
+		if !r.oneRoot {
+			r.path.set(tid, "root")
+			r.path.b = r.path.b[:len(r.path.b)-1]
+		}
+		r.path.b = append(append(r.path.b, e.Path...), 0)
 	case len(e.Path) == 0:
 		return true, nil
 	default:
