@@ -40,6 +40,9 @@ func grown(b []byte, n, most int) []byte {
 type Hello struct {
 	User     string    // USER and LOGNAME of the session's processes; empty: what the image calls the uid
 	Deadline time.Time // the agent ends by itself then; zero: never
+
+	Audit   backends.ExecAudit
+	Reports func(*backends.Report) error // see backends.Spec
 }
 
 // Client is the gate's end of the stream to one agent. It is safe for concurrent use.
@@ -49,6 +52,9 @@ type Client struct {
 	hander  *hander // nil: processes' bytes travel on streams
 	pace    pace
 	next    atomic.Uint64 // number of the last process
+
+	channels atomic.Uint32 // the highest one that has had a process
+	audited  string        // see ExecAudit
 
 	done chan struct{} // closed when the stream has ended
 
@@ -109,6 +115,10 @@ func newClient(conn net.Conn, key ed25519.PrivateKey, hello Hello, pace pace) (c
 	}
 	go c.beat()
 	go c.listen()
+	if err := c.audit(hello.Audit, hello.Reports); err != nil {
+		c.Close()
+		return nil, err
+	}
 	return c, nil
 }
 
@@ -264,6 +274,8 @@ type outcome struct {
 
 func newRunning(c *Client, p backends.Process) (*running, error) {
 	id := c.next.Add(1)
+	for at := c.channels.Load(); p.Channel > at && !c.channels.CompareAndSwap(at, p.Channel); at = c.channels.Load() {
+	}
 	r := &running{
 		client: c, p: p,
 		over: make(chan struct{}), reports: make(chan outcome, 1), output: make(chan error, 2), outputs: 1,
@@ -307,7 +319,7 @@ func (r *running) open(id uint64) (err error) {
 	}
 	o := opening{Op: opProcess, Process: id, Request: request{
 		Kind: uint8(p.Kind), Command: p.Command, Env: p.Env, Dir: p.Dir,
-		Typed: p.Typed != nil && p.Terminal != nil, Pipes: r.pipes != nil,
+		Typed: p.Typed != nil && p.Terminal != nil, Pipes: r.pipes != nil, Channel: p.Channel,
 	}}
 	if t := p.Terminal; t != nil {
 		o.Request.Terminal = &terminal{Term: t.Term, Size: sizeOf(t.Size), Modes: t.Modes}

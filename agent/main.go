@@ -27,6 +27,8 @@ func RunChild() {
 	switch os.Args[0] {
 	case stage2Name:
 		os.Exit(stage2())
+	case probeName:
+		os.Exit(probeChild())
 	case sftpName:
 		err = serveSFTP()
 	case serveName:

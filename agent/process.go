@@ -105,7 +105,7 @@ func (p *process) start() error {
 		err = p.openPipes()
 	}
 	if err == nil {
-		p.child, err = spawn(p.server.reaper, prog, p.theirs, p.tty != nil)
+		p.child, err = spawn(p.server.reaper, prog, p.theirs, p.tty != nil, p.server.audit.Load(), p.request.Channel)
 	}
 	if err != nil {
 		p.closeFiles()
@@ -219,6 +219,9 @@ func (p *process) run() {
 	e := exit{Code: status.ExitStatus()}
 	if status.Signaled() {
 		e = exit{Signal: strings.TrimPrefix(unix.SignalName(status.Signal()), "SIG"), CoreDumped: status.CoreDump()}
+	}
+	if r := p.server.audit.Load(); r != nil {
+		r.settle() // the session may end with this exit
 	}
 	p.report(report{Exit: &e})
 }

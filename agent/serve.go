@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -115,6 +116,7 @@ type server struct {
 	session *yamux.Session
 	pipes   *taker // nil: the gate gives none
 	reaper  *reaper
+	audit   atomic.Pointer[recorder] // nil: what is executed is not reported
 	pace    pace
 	env     []string
 	home    string
@@ -261,6 +263,8 @@ func (s *server) serveStream(stream *yamux.Stream, slots chan struct{}) {
 		case <-time.After(handshakeLimit):
 			stream.Close()
 		}
+	case opReports:
+		s.serveReports(stream, o.Audit)
 	default:
 		stream.Close()
 	}

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 	"strconv"
@@ -19,6 +20,7 @@ const (
 	stage2Name = "agent-stage2"
 	sftpName   = "agent-sftp"
 	serveName  = "agent-serve"
+	probeName  = "agent-probe"
 )
 
 const (
@@ -41,6 +43,8 @@ type program struct {
 	Env    []string `cbor:"3,keyasint"`
 	Dir    string   `cbor:"4,keyasint"`
 	AnyDir bool     `cbor:"5,keyasint,omitempty"` // "/" will do when Dir can't be entered
+	Audit  bool     `cbor:"6,keyasint,omitempty"` // under the filter, whose listener the agent gets
+	Exits  bool     `cbor:"7,keyasint,omitempty"` // see buildFilter
 }
 
 // spawnFailure is stage 2's answer when it can't become the program.
@@ -64,9 +68,9 @@ type child struct {
 	status <-chan syscall.WaitStatus
 }
 
-// spawn starts p in a session of its own with the three files. With tty, the first is the session's terminal. It is
-// the only place where the agent starts a process.
-func spawn(r *reaper, p program, files [3]*os.File, tty bool) (child, error) {
+// spawn starts p in a session of its own with the three files. With tty, the first is the session's terminal. With rec,
+// what p and its descendants execute is reported as of the channel. It is the only place where the agent starts a process.
+func spawn(r *reaper, p program, files [3]*os.File, tty bool, rec *recorder, channel uint32) (child, error) {
 	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return child{}, fmt.Errorf("socketpair: %w", err)
@@ -95,9 +99,20 @@ func spawn(r *reaper, p program, files [3]*os.File, tty bool) (child, error) {
 	c := child{pid, status}
 	ours.SetDeadline(time.Now().Add(spawnLimit))
 	var failed spawnFailure
+	if rec != nil {
+		p.Audit, p.Exits = true, rec.exits
+	}
 	err = writeMessage(ours, p)
+	var said io.Reader = ours
+	if err == nil && rec != nil {
+		var l *listener
+		if l, said, err = takeListener(ours); l != nil {
+			w := rec.watch(l, channel, pid, &p, ours)
+			defer w.begun()
+		}
+	}
 	if err == nil {
-		err = readMessage(ours, maxReport, &failed)
+		err = readMessage(said, maxReport, &failed)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			syscall.Kill(pid, syscall.SIGKILL)
 		} else if err != nil {
@@ -153,14 +168,24 @@ func become(f *os.File) error {
 	if err := readMessage(f, 2*maxRequest, &p); err != nil {
 		return fmt.Errorf("read program: %w", err)
 	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	if p.Audit {
+		l, err := installFilter(p.Exits)
+		if err != nil {
+			return err
+		}
+		if err := sendListener(f, l); err != nil {
+			return fmt.Errorf("send the listener: %w", err)
+		}
+		unix.Close(l)
+	}
 	if err := os.Chdir(p.Dir); err != nil {
 		if !p.AnyDir {
 			return fmt.Errorf("change to the directory: %w", err)
 		}
 		os.Chdir("/")
-	}
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("set no_new_privs: %w", err)
 	}
 	return execute(p)
 }

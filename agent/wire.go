@@ -48,6 +48,7 @@ const (
 	opControl = 1
 	opProcess = 2
 	opData    = 3
+	opReports = 4
 )
 
 // What a data frame carries: the number of the file descriptor.
@@ -63,6 +64,7 @@ type opening struct {
 	Process  uint64   `cbor:"2,keyasint,omitempty"` // pairs a process with its data
 	Greeting greeting `cbor:"3,keyasint,omitempty"`
 	Request  request  `cbor:"4,keyasint,omitempty"`
+	Audit    terms    `cbor:"5,keyasint,omitempty"`
 }
 
 // greeting says whose sandbox it is.
@@ -86,6 +88,7 @@ type request struct {
 	Terminal *terminal `cbor:"5,keyasint,omitempty"`
 	Typed    bool      `cbor:"6,keyasint,omitempty"`
 	Pipes    bool      `cbor:"7,keyasint,omitempty"` // they come from the gate; there is no data stream
+	Channel  uint32    `cbor:"8,keyasint,omitempty"` // for reports
 }
 
 type terminal struct {

@@ -189,6 +189,18 @@ func newBody(k Kind) Body {
 		return new(End)
 	case KindRefused:
 		return new(Refused)
+	case KindProgramExec:
+		return new(ProgramExec)
+	case KindProgramStart:
+		return new(ProgramStart)
+	case KindProgramEnd:
+		return new(ProgramEnd)
+	case KindConnectOut:
+		return new(ConnectOut)
+	case KindScript:
+		return new(Script)
+	case KindUnaudited:
+		return new(Unaudited)
 	case KindTransfer:
 		return new(Transfer)
 	case KindContent:
@@ -228,6 +240,18 @@ func (k Kind) String() string {
 		return "end"
 	case KindRefused:
 		return "refused"
+	case KindProgramExec:
+		return "program-exec"
+	case KindProgramStart:
+		return "program-start"
+	case KindProgramEnd:
+		return "program-end"
+	case KindConnectOut:
+		return "connect-out"
+	case KindScript:
+		return "script"
+	case KindUnaudited:
+		return "unaudited"
 	case KindTransfer:
 		return "transfer"
 	case KindContent:

@@ -44,7 +44,8 @@ func TestDataEncoding(t *testing.T) {
 
 // Every kind comes back as it was, and none is missing from the tables.
 func TestKinds(t *testing.T) {
-	kinds := []Kind{KindTransfer, KindContent, KindDataRest}
+	kinds := []Kind{KindProgramExec, KindProgramStart, KindProgramEnd, KindConnectOut, KindScript, KindUnaudited,
+		KindTransfer, KindContent, KindDataRest}
 	for k := KindConnect; k <= KindRefused; k++ {
 		kinds = append(kinds, k)
 	}
@@ -62,6 +63,8 @@ func TestKinds(t *testing.T) {
 				f.Set(reflect.ValueOf([]string{"one", "two"}))
 			case []byte:
 				f.SetBytes([]byte{0, 0xff})
+			case [][]byte:
+				f.Set(reflect.ValueOf([][]byte{{0, 0xff}, {}}))
 			case []uint64:
 				f.Set(reflect.ValueOf([]uint64{1, 1 << 40}))
 			case *TransferAttrs:

@@ -91,6 +91,8 @@ type Sandbox struct {
 	Spec    string        `cbor:"6,keyasint,omitempty" json:"spec,omitempty"` // JSON, as started
 	Took    time.Duration `cbor:"7,keyasint,omitempty" json:"took_ns,omitempty"`
 	Error   string        `cbor:"8,keyasint,omitempty" json:"error,omitempty"`
+	// ExecAudit says whether the programs it executes are reported: "on", "on, strict", "off", or "off: " and why they can't be.
+	ExecAudit string `cbor:"9,keyasint,omitempty" json:"exec_audit,omitempty"`
 }
 
 // ChannelOpen is a channel asked for (RFC 4254, section 5.1). Error is the refusal's text.

@@ -70,6 +70,12 @@ type Sandbox struct {
 	Caps       []string `json:"caps,omitempty"`
 	Runtime    string   `json:"runtime,omitempty"`
 	ExtraHosts []string `json:"extra_hosts,omitempty"`
+	// ExecAudit says whether what the session executes is reported from inside: "required", "preferred" (default) or "off".
+	ExecAudit string `json:"exec_audit,omitempty"`
+	// ExecStrict has each execution wait until its report is recorded.
+	ExecStrict bool `json:"exec_strict,omitempty"`
+	// ExecStuckLimit is how long a program waits for its report to be taken before the session ends; a Go duration.
+	ExecStuckLimit string `json:"exec_stuck_limit,omitempty"`
 }
 
 // Mount is one mount of a profile. It is read-only unless Write is true.

@@ -542,6 +542,9 @@ func checkLogin(l Login) error {
 	if err := checkDurations(limits); err != nil {
 		return under(err, "permit")
 	}
+	if err := checkDurations(map[string]any{"exec_stuck_limit": l.Sandbox.ExecStuckLimit}); err != nil {
+		return under(err, "sandbox")
+	}
 	return nil
 }
 

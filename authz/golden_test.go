@@ -87,7 +87,7 @@ func TestSchemasMatchTypes(t *testing.T) {
 		Sandbox: Sandbox{Image: "i", PullPolicy: "never", User: "1:1", Groups: []uint32{1}, Hostname: "h", Home: "/h",
 			Env: []string{"A=b"}, Mounts: []Mount{{Type: "bind", Source: "/s", Target: "/t", Write: true}}, Network: "n",
 			Memory: "1Gi", CPUs: 1.5, PIDs: 1, TmpSize: "1M", HomeSize: "1k", Scratch: "volume", Caps: []string{"NET_RAW"},
-			Runtime: "runsc", ExtraHosts: []string{"a:192.0.2.1"}},
+			Runtime: "runsc", ExtraHosts: []string{"a:192.0.2.1"}, ExecAudit: "required", ExecStrict: true, ExecStuckLimit: "5s"},
 		Permit: Permit{Shell: true, Exec: true, SFTP: true, Env: []string{"LC_*"}, Forward: []string{"db:5432"},
 			Input: "all", MaxDuration: "1h", IdleTimeout: "1m", DataLimit: "1Mi",
 			Transfer: &Transfer{DenyUpload: true, DenyDownload: true, DenyPaths: []string{"/p"}, MaxSize: "1Gi", Content: "full",

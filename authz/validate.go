@@ -183,13 +183,17 @@ func checkProfileEntry(path []string, value any) *placeError {
 	if err := matches("profile.json", value); err != nil {
 		return err
 	}
-	permit, _ := value.(map[string]any)["permit"].(map[string]any)
+	profile, _ := value.(map[string]any)
+	if err := checkDurations(profile); err != nil {
+		return err
+	}
+	permit, _ := profile["permit"].(map[string]any)
 	return under(checkDurations(permit), "permit")
 }
 
-func checkDurations(permit map[string]any) *placeError {
-	for _, name := range []string{"max_duration", "idle_timeout"} {
-		text, ok := permit[name].(string)
+func checkDurations(in map[string]any) *placeError {
+	for _, name := range []string{"max_duration", "idle_timeout", "exec_stuck_limit"} {
+		text, ok := in[name].(string)
 		if !ok || text == "" {
 			continue
 		}

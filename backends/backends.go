@@ -59,29 +59,35 @@ func (e *RefusedError) Error() string { return "sandbox refused: " + e.Reason }
 type Spec struct {
 	Template Template `json:"template"`
 	Owner    Owner    `json:"owner"`
+
+	// Reports gets what the agent reports, in order, as Template.ExecAudit asks for. While it does not return, programs in
+	// the sandbox wait; an error ends the sandbox. It must not keep its argument. It is called from Start on until Close
+	// has returned.
+	Reports func(*Report) error `json:"-"`
 }
 
 // Template says what a sandbox is. The zero value of each field is the narrow choice.
 type Template struct {
-	Image      string   `json:"image"`                 // OCI reference, with tag or digest
-	PullPolicy string   `json:"pull_policy"`           // "missing" (default), "always" or "never"
-	UID        uint32   `json:"uid"`                   // user of all processes
-	GID        uint32   `json:"gid"`                   // its group
-	Groups     []uint32 `json:"groups,omitempty"`      // supplementary groups
-	Hostname   string   `json:"hostname,omitempty"`    // host name inside; empty: the backend's choice
-	Home       string   `json:"home,omitempty"`        // home directory, a tmpfs or Scratch; empty: /home/sandbox
-	Env        []string `json:"env,omitempty"`         // NAME=value added to the image's environment
-	Mounts     []Mount  `json:"mounts,omitempty"`      // production data
-	Network    string   `json:"network,omitempty"`     // empty: none
-	Memory     int64    `json:"memory"`                // bytes; 0: the backend's default
-	CPUs       float64  `json:"cpus"`                  // processors; 0: the backend's default
-	PIDs       int64    `json:"pids"`                  // processes; 0: the backend's default
-	TmpSize    int64    `json:"tmp_size"`              // bytes of /tmp; 0: a quarter of Memory
-	HomeSize   int64    `json:"home_size"`             // bytes of the home directory; 0: a quarter of Memory
-	Scratch    string   `json:"scratch,omitempty"`     // "volume": home is a disk-backed volume of this sandbox alone
-	Caps       []string `json:"caps,omitempty"`        // added capabilities, as "NET_RAW"; all others are dropped
-	Runtime    string   `json:"runtime,omitempty"`     // OCI runtime; empty: the engine's default
-	ExtraHosts []string `json:"extra_hosts,omitempty"` // "name:address" lines for /etc/hosts
+	Image      string    `json:"image"`                 // OCI reference, with tag or digest
+	PullPolicy string    `json:"pull_policy"`           // "missing" (default), "always" or "never"
+	UID        uint32    `json:"uid"`                   // user of all processes
+	GID        uint32    `json:"gid"`                   // its group
+	Groups     []uint32  `json:"groups,omitempty"`      // supplementary groups
+	Hostname   string    `json:"hostname,omitempty"`    // host name inside; empty: the backend's choice
+	Home       string    `json:"home,omitempty"`        // home directory, a tmpfs or Scratch; empty: /home/sandbox
+	Env        []string  `json:"env,omitempty"`         // NAME=value added to the image's environment
+	Mounts     []Mount   `json:"mounts,omitempty"`      // production data
+	Network    string    `json:"network,omitempty"`     // empty: none
+	Memory     int64     `json:"memory"`                // bytes; 0: the backend's default
+	CPUs       float64   `json:"cpus"`                  // processors; 0: the backend's default
+	PIDs       int64     `json:"pids"`                  // processes; 0: the backend's default
+	TmpSize    int64     `json:"tmp_size"`              // bytes of /tmp; 0: a quarter of Memory
+	HomeSize   int64     `json:"home_size"`             // bytes of the home directory; 0: a quarter of Memory
+	Scratch    string    `json:"scratch,omitempty"`     // "volume": home is a disk-backed volume of this sandbox alone
+	Caps       []string  `json:"caps,omitempty"`        // added capabilities, as "NET_RAW"; all others are dropped
+	Runtime    string    `json:"runtime,omitempty"`     // OCI runtime; empty: the engine's default
+	ExtraHosts []string  `json:"extra_hosts,omitempty"` // "name:address" lines for /etc/hosts
+	ExecAudit  ExecAudit `json:"exec_audit,omitzero"`   // reports of executed programs
 }
 
 // Mount brings data into a sandbox.
@@ -109,6 +115,8 @@ type Info struct {
 	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID
 	Node    string `json:"node,omitempty"`   // engine or node that runs it
 	Spec    any    `json:"spec,omitempty"`   // the backend's own request as sent, without secrets; encodes to JSON
+	// ExecAudit says whether executed programs are reported: "on", "on, strict", "off", or "off: " and why they can't be.
+	ExecAudit string `json:"exec_audit,omitempty"`
 }
 
 // Kind is how a process is started.

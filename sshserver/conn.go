@@ -552,6 +552,7 @@ func (c *conn) startSandbox(spec backends.Spec) {
 		ctx, cancel := context.WithTimeout(c.ctx, c.s.Config.StartTimeout)
 		defer cancel()
 		began := time.Now()
+		spec.Reports = c.report
 		sb, err := c.s.Backend.Start(ctx, spec)
 		c.s.Metrics.sandboxStart.Observe(time.Since(began).Seconds())
 		rec := auditlog.Sandbox{Image: spec.Template.Image, Took: time.Since(began)}
@@ -563,7 +564,7 @@ func (c *conn) startSandbox(spec backends.Spec) {
 		} else {
 			c.sandbox, c.sandboxErr = sb, nil
 			info := sb.Info()
-			rec.ID, rec.Backend, rec.Digest, rec.Node = sb.ID(), info.Backend, info.Digest, info.Node
+			rec.ID, rec.Backend, rec.Digest, rec.Node, rec.ExecAudit = sb.ID(), info.Backend, info.Digest, info.Node, info.ExecAudit
 			if info.Spec != nil {
 				if b, err := json.Marshal(info.Spec); err == nil {
 					rec.Spec = string(b)
@@ -574,6 +575,9 @@ func (c *conn) startSandbox(spec backends.Spec) {
 			c.mu.Unlock()
 		}
 		c.record(0, &rec)
+		if why, off := strings.CutPrefix(rec.ExecAudit, "off: "); off {
+			c.record(0, &auditlog.Alert{Name: "exec-audit-off", Detail: why})
+		}
 	})
 }
 

@@ -69,12 +69,35 @@ func specOf(gate, session, user string, d authz.Login) (backends.Spec, error) {
 			return backends.Spec{}, fmt.Errorf("profile %s: permit.data_limit: %w", d.Profile, err)
 		}
 	}
+	var err error
+	if t.ExecAudit, err = execAuditOf(p); err != nil {
+		return backends.Spec{}, fmt.Errorf("profile %s: %w", d.Profile, err)
+	}
 	for _, m := range p.Mounts {
 		t.Mounts = append(t.Mounts, backends.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Write: m.Write})
 	}
 	return backends.Spec{Template: t, Owner: backends.Owner{
 		Gate: gate, Session: session, User: user, Profile: d.Profile, Grant: d.Ticket, Expires: d.NotAfter,
 	}}, nil
+}
+
+// execAuditOf reads how executed programs are to be reported.
+func execAuditOf(p authz.Sandbox) (backends.ExecAudit, error) {
+	a := backends.ExecAudit{Mode: p.ExecAudit, Strict: p.ExecStrict}
+	switch a.Mode {
+	case "":
+		a.Mode = backends.ExecAuditPreferred
+	case backends.ExecAuditRequired, backends.ExecAuditPreferred, backends.ExecAuditOff:
+	default:
+		return a, fmt.Errorf("exec_audit: %q is none of required, preferred, off", p.ExecAudit)
+	}
+	if p.ExecStuckLimit != "" {
+		var err error
+		if a.StuckLimit, err = time.ParseDuration(p.ExecStuckLimit); err != nil || a.StuckLimit <= 0 {
+			return a, fmt.Errorf("exec_stuck_limit: %q is no duration such as 30s", p.ExecStuckLimit)
+		}
+	}
+	return a, nil
 }
 
 // parseUser reads "uid:gid" or "uid", whose group is then the same number.

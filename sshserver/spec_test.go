@@ -35,6 +35,8 @@ func TestSpecOf(t *testing.T) {
 		"cpus":                func(d *authz.Login) { d.Sandbox.CPUs = -1 },
 		"permit.input":        func(d *authz.Login) { d.Permit.Input = "some" },
 		"permit.max_duration": func(d *authz.Login) { d.Permit.MaxDuration = "an hour" },
+		"exec_audit":          func(d *authz.Login) { d.Sandbox.ExecAudit = "maybe" },
+		"exec_stuck_limit":    func(d *authz.Login) { d.Sandbox.ExecStuckLimit = "-3s" },
 		"permit.idle_timeout": func(d *authz.Login) { d.Permit.IdleTimeout = "-1s" },
 	} {
 		bad := d

@@ -41,3 +41,7 @@ func BenchmarkBytes(b *testing.B) {
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+func BenchmarkPrograms(b *testing.B) {
+	BenchmarkExecAudit(b, NewMemory(), func() backends.Spec { return backends.Spec{} })
+}

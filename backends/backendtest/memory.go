@@ -94,7 +94,9 @@ func (m *Memory) Start(ctx context.Context, spec backends.Spec) (backends.Sandbo
 	if m.Streams {
 		ours = struct{ net.Conn }{ours}
 	}
-	s.Client, err = agent.NewClient(ctx, ours, private, agent.Hello{User: spec.Owner.User, Deadline: spec.Owner.Expires})
+	s.Client, err = agent.NewClient(ctx, ours, private, agent.Hello{
+		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: spec.Template.ExecAudit, Reports: spec.Reports,
+	})
 	if err != nil {
 		s.remove()
 		return nil, err
@@ -131,7 +133,7 @@ type memorySandbox struct {
 func (s *memorySandbox) ID() string { return strconv.Itoa(s.cmd.Process.Pid) }
 
 func (s *memorySandbox) Info() backends.Info {
-	return backends.Info{Backend: "memory", Image: s.image, Digest: "none"}
+	return backends.Info{Backend: "memory", Image: s.image, Digest: "none", ExecAudit: s.ExecAudit()}
 }
 
 // Kill ends the sandbox as if by itself, for tests. As the kernel does in a container, it ends all processes.

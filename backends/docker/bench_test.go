@@ -12,6 +12,7 @@ import (
 	"github.com/docker/docker/api/types/network"
 
 	"github.com/sallyport/sallyport/backends"
+	"github.com/sallyport/sallyport/backends/backendtest"
 )
 
 // BenchmarkStart compares a sandbox, from Start to the first process's end, with what the engine alone takes to create
@@ -120,3 +121,17 @@ func BenchmarkBytes(b *testing.B) {
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// BenchmarkPrograms measures the audit of executed programs in the debug image, where the engine's own filter is at work
+// in any case.
+func BenchmarkPrograms(b *testing.B) {
+	const image = "sallyport/debug:1"
+	if _, err := requireEngine(b).ImageInspect(b.Context(), image); err != nil {
+		b.Skip("there is no image ", image)
+	}
+	backendtest.BenchmarkExecAudit(b, newBackend(b, nil), func() backends.Spec {
+		spec := newSpec(image)
+		spec.Template.CPUs, spec.Template.PIDs = 2, 512
+		return spec
+	})
+}

@@ -129,7 +129,9 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	if err := b.engine.ContainerStart(engineCtx, s.id, container.StartOptions{}); err != nil {
 		return fmt.Errorf("start container: %w", err)
 	}
-	return s.reach(ctx, listener, private, agent.Hello{User: spec.Owner.User, Deadline: spec.Owner.Expires})
+	return s.reach(ctx, listener, private, agent.Hello{
+		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: t.ExecAudit, Reports: spec.Reports,
+	})
 }
 
 // reach takes the agent's call and proves the gate to it.
@@ -176,8 +178,11 @@ func (s *sandbox) reach(ctx context.Context, l *net.UnixListener, key ed25519.Pr
 		conn.Close()
 		return err
 	}
-	s.client, err = agent.NewClient(ctx, conn, key, hello)
-	return err
+	if s.client, err = agent.NewClient(ctx, conn, key, hello); err != nil {
+		return err
+	}
+	s.info.ExecAudit = s.client.ExecAudit()
+	return nil
 }
 
 // path is this sandbox's own path below a directory of the state directory.

@@ -186,6 +186,8 @@ func newLine(rec auditlog.Record) line {
 			*auditlog.ChannelOpen
 			Extra *jsonBytes `json:"extra,omitempty"`
 		}{b, newBytes(b.Extra)}
+	case *auditlog.ProgramExec, *auditlog.ProgramStart, *auditlog.ConnectOut, *auditlog.Script, *auditlog.Unaudited:
+		l.Body = jsonBody(b)
 	case *auditlog.Transfer:
 		l.Body = newTransfer(b)
 	case *auditlog.Content:

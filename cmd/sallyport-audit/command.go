@@ -77,7 +77,8 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
 	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(t.listCommand(), t.showCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(), t.verifyCommand(), t.versionCommand())
+	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
+		t.verifyCommand(), t.versionCommand())
 	return root
 }
 

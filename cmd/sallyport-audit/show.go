@@ -25,6 +25,7 @@ const (
 type account struct {
 	summary
 	report   auditlog.Report
+	inside   *programs         // of no channel
 	events   []auditlog.Record // of the connection
 	channels []*channel
 	byNumber map[uint32]*channel
@@ -34,6 +35,7 @@ type account struct {
 // channel is what show says of a channel.
 type channel struct {
 	number  uint32
+	inside  *programs
 	opened  auditlog.Record
 	events  []auditlog.Record // requests, exit, close
 	cut     int
@@ -61,7 +63,7 @@ what was asked for, what was printed, and how it ended. Output is made safe to p
 
 func (t *tool) show(ctx context.Context, id string, out io.Writer) error {
 	return t.withSession(ctx, id, func(_ auditlog.Source, r *auditlog.SessionReader) error {
-		a := account{byNumber: make(map[uint32]*channel)}
+		a := account{byNumber: make(map[uint32]*channel), inside: newPrograms(maxShownPrograms)}
 		for rec := range r.Records(ctx) {
 			a.add(rec)
 		}
@@ -90,6 +92,9 @@ func (t *tool) show(ctx context.Context, id string, out io.Writer) error {
 
 func (a *account) add(rec auditlog.Record) {
 	a.summary.add(rec)
+	if rec.Channel == 0 && a.inside.add(rec) {
+		return
+	}
 	if rec.Channel == 0 {
 		if len(a.events) < maxShownEvents || rec.Body.Kind() == auditlog.KindEnd {
 			a.events = append(a.events, rec)
@@ -104,9 +109,12 @@ func (a *account) add(rec auditlog.Record) {
 			a.cut++
 			return
 		}
-		c = &channel{number: rec.Channel}
+		c = &channel{number: rec.Channel, inside: newPrograms(maxShownPrograms)}
 		a.byNumber[rec.Channel] = c
 		a.channels = append(a.channels, c)
+	}
+	if c.inside.add(rec) {
+		return
 	}
 	switch b := rec.Body.(type) {
 	case *auditlog.Data:
@@ -195,6 +203,7 @@ func (t *tool) tell(w *textWriter, a *account) {
 	for _, rec := range a.events {
 		t.tellEvent(w, rec)
 	}
+	a.inside.tell(w, t)
 	for _, c := range a.channels {
 		t.tellChannel(w, c)
 	}
@@ -234,7 +243,7 @@ func (t *tool) tellEvent(w *textWriter, rec auditlog.Record) {
 		if b.Took > 0 {
 			took = "started in " + b.Took.Round(time.Millisecond).String()
 		}
-		w.field("sandbox", b.Backend, b.ID, labelled("image", b.Image), b.Digest, labelled("on", b.Node), took, labelled("failed:", b.Error))
+		w.field("sandbox", b.Backend, b.ID, labelled("image", b.Image), b.Digest, labelled("on", b.Node), took, labelled("exec audit", b.ExecAudit), labelled("failed:", b.Error))
 	case *auditlog.Request:
 		w.field("request", b.Type, b.Name, answer(b.OK), b.Reason)
 	case *auditlog.Alert:
@@ -329,6 +338,10 @@ func (t *tool) tellChannel(w *textWriter, c *channel) {
 			w.field("exit", exitText(b), b.Error)
 		}
 	}
+	if !c.inside.empty() {
+		w.line("  programs, reported from inside:")
+		c.inside.tell(w, t)
+	}
 }
 
 func exitText(b *auditlog.Exit) string {
@@ -357,10 +370,16 @@ func (a *account) json() any {
 		Output  stream `json:"output"`
 		Error   stream `json:"error"`
 		Hidden  int    `json:"hidden,omitempty"`
+
+		Programs []jsonProgram `json:"programs,omitempty"` // reported from inside
+		More     int           `json:"more_programs,omitempty"`
 	}
 	channels := make([]jsonChannel, 0, len(a.channels))
 	for _, c := range a.channels {
 		j := jsonChannel{Channel: c.number, Events: newLines(c.events), Hidden: c.hidden}
+		if !c.inside.empty() {
+			j.Programs, j.More = jsonPrograms(c.inside.roots, func(uint64) uint32 { return c.number }, 0), c.inside.cut
+		}
 		if c.opened.Body != nil {
 			l := newLine(c.opened)
 			j.Opened = &l
@@ -376,6 +395,7 @@ func (a *account) json() any {
 		summary
 		Events   []line        `json:"events"`
 		Channels []jsonChannel `json:"channels"`
+		Outside  []any         `json:"unaudited,omitempty"`
 		Cut      int           `json:"more_records,omitempty"`
-	}{a.summary, newLines(a.events), channels, a.cut}
+	}{a.summary, newLines(a.events), channels, bodies(a.inside.outside), a.cut}
 }

@@ -1,0 +1,461 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+// Bounds of a tree of programs.
+const (
+	maxPrograms      = 200_000 // of commands
+	maxShownPrograms = 500     // of show, in a channel
+	maxDepth         = 24      // levels that are indented
+	maxLine          = 4 << 10 // bytes of a program's arguments that are printed
+)
+
+// program is an execution, with what became of it.
+type program struct {
+	exec     *auditlog.ProgramExec
+	at       time.Time
+	start    *auditlog.ProgramStart
+	end      *auditlog.ProgramEnd
+	script   *auditlog.Script
+	again    uint64
+	connects []*auditlog.ConnectOut
+	children []*program
+}
+
+// programs is a tree of what a session, or one channel of it, has executed.
+type programs struct {
+	limit   int
+	byExec  map[uint64]*program
+	scripts map[string]*auditlog.Script
+	roots   []*program
+	loose   []*auditlog.ConnectOut // of no program that is known
+	strange []*auditlog.ProgramStart
+	outside []*auditlog.Unaudited
+	count   int
+	cut     int
+}
+
+func newPrograms(limit int) *programs {
+	return &programs{limit: limit, byExec: make(map[uint64]*program), scripts: make(map[string]*auditlog.Script)}
+}
+
+// add adds a record, if it is one of those.
+func (p *programs) add(rec auditlog.Record) bool {
+	switch b := rec.Body.(type) {
+	case *auditlog.ProgramExec:
+		if b.Again > 0 {
+			if n := p.byExec[b.Exec]; n != nil {
+				n.again += uint64(b.Again)
+			}
+			return true
+		}
+		if p.full() {
+			return true
+		}
+		n := &program{exec: b, at: timeOf(b.Time, rec.Time), script: p.scripts[string(b.Script)]}
+		if by := p.byExec[b.By]; by != nil && b.By != b.Exec {
+			by.children = append(by.children, n)
+		} else {
+			p.roots = append(p.roots, n)
+		}
+		p.byExec[b.Exec] = n
+	case *auditlog.ProgramStart:
+		if n := p.byExec[b.Exec]; n != nil {
+			n.start = b
+		} else if !p.full() {
+			p.strange = append(p.strange, b)
+		}
+	case *auditlog.ProgramEnd:
+		n := p.byExec[b.Exec]
+		if n != nil {
+			n.end = b
+		}
+		// What a process attempted in vain was not its end: that is the program's that it already was.
+		for seen := 0; n != nil && n.start == nil && seen < maxDepth; seen++ {
+			by := p.byExec[n.exec.By]
+			if by == nil || by.exec.PID != b.PID || by.end != nil {
+				break
+			}
+			by.end, n = b, by
+		}
+	case *auditlog.ConnectOut:
+		switch n := p.byExec[b.Exec]; {
+		case p.full():
+		case n != nil:
+			n.connects = append(n.connects, b)
+		default:
+			p.loose = append(p.loose, b)
+		}
+	case *auditlog.Script:
+		if !p.full() {
+			s := *b
+			s.Data = nil
+			p.scripts[string(b.Hash)] = &s
+		}
+	case *auditlog.Unaudited:
+		if !p.full() {
+			p.outside = append(p.outside, b)
+		}
+	default:
+		return false
+	}
+	return true
+}
+
+// full says whether there is no room for one more, and takes it.
+func (p *programs) full() bool {
+	if p.count >= p.limit {
+		p.cut++
+		return true
+	}
+	p.count++
+	return false
+}
+
+func timeOf(inside, recorded time.Time) time.Time {
+	if inside.IsZero() {
+		return recorded
+	}
+	return inside
+}
+
+func (p *programs) empty() bool {
+	return len(p.roots)+len(p.loose)+len(p.strange)+len(p.outside)+p.cut == 0
+}
+
+// tell prints the tree.
+func (p *programs) tell(w *textWriter, t *tool) {
+	for _, u := range p.outside {
+		w.line("  ALERT      pid %d came from outside, and what it does is not reported: %s", u.PID, commandLine(u.Args, false))
+	}
+	for _, n := range p.roots {
+		n.tell(w, t, 0)
+	}
+	for _, s := range p.strange {
+		w.line("  %s  pid %d is %s: %s", t.clock(s.Time), s.PID, clean(string(s.File)), commandLine(s.Args, s.Count > uint32(len(s.Args))))
+	}
+	for _, c := range p.loose {
+		w.line("  %s  %s: %s", t.clock(c.Time), clean(string(c.Program)), connectText(c))
+	}
+	if p.cut > 0 {
+		w.line("  and %d records more: see cat", p.cut)
+	}
+}
+
+func (t *tool) clock(at time.Time) string {
+	if t.utc {
+		return at.UTC().Format("15:04:05.000")
+	}
+	return at.Local().Format("15:04:05.000")
+}
+
+func (n *program) tell(w *textWriter, t *tool, depth int) {
+	indent := strings.Repeat("  ", min(depth, maxDepth))
+	w.line("  %s  %s%s  [%s]", t.clock(n.at), indent, n.command(), n.fate())
+	for _, note := range n.notes() {
+		w.line("  %12s  %s  ! %s", "", indent, note)
+	}
+	for _, c := range n.connects {
+		w.line("  %s  %s  > %s", t.clock(c.Time), indent, connectText(c))
+	}
+	for _, c := range n.children {
+		c.tell(w, t, depth+1)
+	}
+}
+
+func (n *program) command() string {
+	if len(n.exec.Args) == 0 {
+		return quote(n.exec.Path)
+	}
+	return commandLine(n.exec.Args, int(n.exec.Count) > len(n.exec.Args) || len(n.exec.Hash) > 0)
+}
+
+// fate says in a few words what became of an execution.
+func (n *program) fate() string {
+	var parts []string
+	if n.start == nil {
+		parts = append(parts, "attempted")
+	}
+	switch {
+	case n.end == nil:
+		parts = append(parts, "no end")
+	case n.end.Signal != "":
+		parts = append(parts, "signal "+clean(n.end.Signal))
+	default:
+		parts = append(parts, "exit "+strconv.Itoa(int(n.end.Code)))
+	}
+	if n.end != nil && n.end.Time.After(n.at) {
+		parts = append(parts, n.end.Time.Sub(n.at).Round(time.Millisecond).String())
+	}
+	if n.again > 0 {
+		parts = append(parts, fmt.Sprintf("%d times", n.again+1))
+	}
+	return strings.Join(append(parts, "pid "+strconv.FormatInt(n.exec.PID, 10)), ", ")
+}
+
+// notes are what an auditor must not miss.
+func (n *program) notes() []string {
+	var notes []string
+	e := n.exec
+	if e.Error != "" {
+		notes = append(notes, "not all was read: "+clean(e.Error))
+	}
+	if e.Call != "" {
+		notes = append(notes, "by "+clean(e.Call)+" of "+quote(e.Path))
+	} else if len(e.Args) > 0 && path.Base(string(e.Path)) != path.Base(string(e.Args[0])) && !bytes.HasPrefix(e.Args[0], []byte("-")) {
+		notes = append(notes, "the file is "+quote(e.Path))
+	}
+	if len(e.Hash) > 0 {
+		notes = append(notes, fmt.Sprintf("%d arguments of %d bytes in all, SHA-256 %s", e.Count, e.Bytes, hex.EncodeToString(e.Hash)))
+	}
+	if len(e.Script) > 0 {
+		text := "script, SHA-256 " + hex.EncodeToString(e.Script)
+		if n.script != nil {
+			text += ", " + size(uint64(max(n.script.Size, 0)))
+		}
+		notes = append(notes, text)
+	}
+	if s := n.start; s != nil && s.Differ {
+		text := "run as: "
+		if len(e.Script) == 0 {
+			text = "CHANGED before it ran: "
+		}
+		notes = append(notes, text+commandLine(s.Args, len(s.Hash) > 0)+" ("+quote(s.File)+")")
+	}
+	if s := n.start; s != nil && len(s.Image) > 0 {
+		notes = append(notes, "a file without a name: "+quote(s.File)+", SHA-256 "+hex.EncodeToString(s.Image))
+	}
+	return notes
+}
+
+func connectText(c *auditlog.ConnectOut) string {
+	text := clean(c.Call) + " " + clean(net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port)))) + " (claimed)"
+	if c.Error != "" {
+		text = clean(c.Call) + " to an address that could not be read: " + clean(c.Error)
+	}
+	if c.Again > 0 {
+		text = fmt.Sprintf("%s, %d times more", text, c.Again)
+	}
+	return text
+}
+
+// commandLine writes arguments as one would type them.
+func commandLine(args [][]byte, more bool) string {
+	var b strings.Builder
+	for i, a := range args {
+		if i > 0 {
+			b.WriteByte(' ')
+		}
+		if b.Len()+len(a) > maxLine {
+			a, more = a[:max(0, min(len(a), maxLine-b.Len()))], true
+		}
+		b.WriteString(quote(a))
+		if b.Len() >= maxLine {
+			break
+		}
+	}
+	if more {
+		b.WriteString(" ...")
+	}
+	return b.String()
+}
+
+// quote makes an argument safe to print and, if it has something special, stands it in quotes.
+func quote(a []byte) string {
+	plain := len(a) > 0 && utf8.Valid(a)
+	for _, r := range string(a) {
+		plain = plain && (unicode.IsLetter(r) || unicode.IsDigit(r) || strings.ContainsRune("%+,-./:=@_", r))
+	}
+	if plain {
+		return clean(string(a))
+	}
+	return "'" + strings.ReplaceAll(clean(string(a)), "'", `'\''`) + "'"
+}
+
+func (t *tool) commandsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "commands ID", Short: "Print the programs that a session has executed", Args: cobra.ExactArgs(1),
+		Long: `Print the programs that a session has executed, as a tree: each below the program that started it, with its time, how it ended,
+how long it took, its process's number, and the addresses that it wanted to reach.
+
+All this is reported from inside the sandbox, by the agent: the gate has not seen it. "attempted" is a program that was not seen
+to start: its file may not have been there. What a shell or an interpreter does by itself is no program of its own.`,
+		RunE: func(c *cobra.Command, args []string) error { return t.commands(c.Context(), args[0], c.OutOrStdout()) },
+	}
+}
+
+func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
+	return t.withSession(ctx, id, func(_ auditlog.Source, r *auditlog.SessionReader) error {
+		var s summary
+		audit := ""
+		all := newPrograms(maxPrograms)
+		channels := make(map[uint64]uint32)
+		for rec := range r.Records(ctx) {
+			s.add(rec)
+			switch b := rec.Body.(type) {
+			case *auditlog.Sandbox:
+				audit = b.ExecAudit
+			case *auditlog.ProgramExec:
+				if b.Again == 0 && len(channels) < maxPrograms {
+					channels[b.Exec] = rec.Channel
+				}
+			}
+			all.add(rec)
+		}
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		rep := r.Report()
+		var err error
+		if t.output == "json" {
+			err = printJSON(out, struct {
+				ID        string         `json:"id"`
+				User      string         `json:"user,omitempty"`
+				State     auditlog.State `json:"state"`
+				ExecAudit string         `json:"exec_audit"`
+				Programs  []jsonProgram  `json:"programs"`
+				Unaudited []any          `json:"unaudited,omitempty"`
+				Strange   []any          `json:"starts_of_nothing_known,omitempty"`
+				Loose     []any          `json:"connects_of_nothing_known,omitempty"`
+				Cut       int            `json:"more_records,omitempty"`
+			}{rep.ID, s.User, rep.State, audit, jsonPrograms(all.roots, func(exec uint64) uint32 { return channels[exec] }, 0), bodies(all.outside), bodies(all.strange), bodies(all.loose), all.cut})
+		} else {
+			w := &textWriter{w: out}
+			w.line("session %s: %s", rep.ID, rep.State)
+			w.field("user", s.User)
+			w.field("programs", map[bool]string{true: "not reported", false: "reported from inside"}[audit == "" || strings.HasPrefix(audit, "off")], audit)
+			// One channel after the other, in the order of their first programs.
+			for len(all.roots) > 0 {
+				channel := channels[all.roots[0].exec.Exec]
+				w.line("")
+				w.line("channel %d", channel)
+				all.roots = slices.DeleteFunc(all.roots, func(n *program) bool {
+					if channels[n.exec.Exec] != channel {
+						return false
+					}
+					n.tell(w, t, 0)
+					return true
+				})
+			}
+			all.tell(w, t)
+			for _, p := range rep.Problems {
+				w.line("damaged: %s", clean(p.String()))
+			}
+			err = w.err
+		}
+		if err == nil && rep.State == auditlog.Damaged {
+			err = errDamaged
+		}
+		return err
+	})
+}
+
+// jsonProgram is a program as JSON.
+type jsonProgram struct {
+	Channel  uint32               `json:"channel"`
+	Exec     any                  `json:"exec"`
+	Start    any                  `json:"start,omitempty"`
+	End      *auditlog.ProgramEnd `json:"end,omitempty"`
+	Again    uint64               `json:"again,omitempty"`
+	Connects []any                `json:"connects,omitempty"`
+	Children []jsonProgram        `json:"children,omitempty"`
+}
+
+// maxJSONDepth bounds the nesting: a chain of programs may be as long as the log. Deeper ones stand beside each other.
+const maxJSONDepth = 500
+
+func jsonPrograms(all []*program, channel func(exec uint64) uint32, depth int) []jsonProgram {
+	out := make([]jsonProgram, 0, len(all))
+	for _, n := range all {
+		j := jsonProgram{Channel: channel(n.exec.Exec), Exec: jsonBody(n.exec), End: n.end, Again: n.again, Connects: bodies(n.connects)}
+		if n.start != nil {
+			j.Start = jsonBody(n.start)
+		}
+		below := jsonPrograms(n.children, channel, depth+1)
+		if depth < maxJSONDepth {
+			j.Children, below = below, nil
+		}
+		out = append(append(out, j), below...)
+	}
+	return out
+}
+
+func bodies[B auditlog.Body](all []B) []any {
+	var out []any
+	for _, b := range all {
+		out = append(out, jsonBody(b))
+	}
+	return out
+}
+
+// jsonBody is the JSON form of a body that holds bytes: text where they are that; hashes in hexadecimal.
+func jsonBody(body auditlog.Body) any {
+	switch b := body.(type) { // the outer field of a name hides the embedded one
+	case *auditlog.ProgramExec:
+		return struct {
+			*auditlog.ProgramExec
+			Path   *jsonBytes   `json:"path,omitempty"`
+			Dir    *jsonBytes   `json:"dir,omitempty"`
+			Args   []*jsonBytes `json:"args,omitempty"`
+			Hash   string       `json:"arg_sha256,omitempty"`
+			Script string       `json:"script_sha256,omitempty"`
+		}{b, newBytes(b.Path), newBytes(b.Dir), listBytes(b.Args), hex.EncodeToString(b.Hash), hex.EncodeToString(b.Script)}
+	case *auditlog.ProgramStart:
+		return struct {
+			*auditlog.ProgramStart
+			File  *jsonBytes   `json:"file,omitempty"`
+			Args  []*jsonBytes `json:"args,omitempty"`
+			Hash  string       `json:"arg_sha256,omitempty"`
+			Image string       `json:"image_sha256,omitempty"`
+		}{b, newBytes(b.File), listBytes(b.Args), hex.EncodeToString(b.Hash), hex.EncodeToString(b.Image)}
+	case *auditlog.ConnectOut:
+		return struct {
+			*auditlog.ConnectOut
+			Program *jsonBytes `json:"program,omitempty"`
+		}{b, newBytes(b.Program)}
+	case *auditlog.Script:
+		return struct {
+			*auditlog.Script
+			Hash string     `json:"sha256"`
+			Path *jsonBytes `json:"path,omitempty"`
+			Data *jsonBytes `json:"data,omitempty"`
+		}{b, hex.EncodeToString(b.Hash), newBytes(b.Path), newBytes(b.Data)}
+	case *auditlog.Unaudited:
+		return struct {
+			*auditlog.Unaudited
+			File *jsonBytes   `json:"file,omitempty"`
+			Args []*jsonBytes `json:"args,omitempty"`
+		}{b, newBytes(b.File), listBytes(b.Args)}
+	}
+	return body
+}
+
+func listBytes(list [][]byte) []*jsonBytes {
+	var out []*jsonBytes
+	for _, b := range list {
+		if j := newBytes(b); j != nil {
+			out = append(out, j)
+		} else {
+			out = append(out, &jsonBytes{Text: new(string)})
+		}
+	}
+	return out
+}
