@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"time"
 )
 
@@ -36,10 +37,40 @@ type Sandbox interface {
 	Close(ctx context.Context) error
 }
 
-// Dialer is implemented by a Sandbox that can open connections from inside its own network.
-// Networks are "tcp" and "unix".
+// Dialer is implemented by a Sandbox that can open connections from inside its own network. All of it is done by the
+// agent, with the session's uid, and is not among its reports.
 type Dialer interface {
+	// Resolve gives the addresses of a host name as the sandbox sees it (its hosts file, its name servers), at most
+	// MaxAddresses, in the order to try them. An IP address in text is itself.
+	Resolve(ctx context.Context, host string) ([]netip.Addr, error)
+	// DialContext connects. Networks are "tcp", with an address of an IP address and a port, never a name, and "unix", with an
+	// absolute path: no abstract name, and nothing of the agent's own. The connection is a HalfCloser.
 	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// MaxAddresses bounds the answer of Dialer.Resolve.
+const MaxAddresses = 16
+
+// Listener is implemented by a Sandbox that can take connections inside its own network.
+type Listener interface {
+	// Listen listens inside until the net.Listener is closed or the sandbox ends. Networks are "tcp", with an address of an IP
+	// address or nothing (all of them) and a port, 0 for a free one; and "unix", with an absolute path that must not exist, or
+	// "" for a socket in a new directory that only the session's uid can enter, as for an ssh agent. Addr says which address it
+	// got. What Accept returns is a HalfCloser, whose RemoteAddr is the originator's as the agent tells it. At most
+	// MaxListeners at a time; at most MaxBacklog connections wait for Accept, more are refused inside.
+	Listen(ctx context.Context, network, address string) (net.Listener, error)
+}
+
+// Bounds of a Listener.
+const (
+	MaxListeners = 32
+	MaxBacklog   = 64
+)
+
+// HalfCloser is a connection whose directions end one by one.
+type HalfCloser interface {
+	net.Conn
+	CloseWrite() error
 }
 
 // ErrGone is returned (wrapped) by Exec when the sandbox ended under the process.
@@ -141,9 +172,19 @@ type Process struct {
 	Stderr   io.Writer //
 	Resize   <-chan WindowSize
 	Signals  <-chan string // RFC 4254 names: "INT", "TERM", ...
+	X11      *X11          // nil: none
 	// Typed, when not nil and Terminal is set, is called in order after the agent has written input to the terminal: n
 	// more bytes of Stdin were written while the terminal's line discipline was as the flags say.
 	Typed func(n int, state TerminalState)
+}
+
+// X11 is what a process needs to reach an X server by way of a Listener (RFC 4254, section 6.3.1): the agent writes the
+// cookie into an authority file of the process's own, and sets DISPLAY and XAUTHORITY.
+type X11 struct {
+	Display  int    // the Listener's port is 6000 more, on 127.0.0.1
+	Screen   uint32 //
+	Protocol string // "MIT-MAGIC-COOKIE-1"
+	Cookie   []byte // what the client's end checks
 }
 
 // Terminal is a pty request (RFC 4254, section 6.2).
