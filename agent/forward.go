@@ -219,8 +219,8 @@ func (t *tunnel) carry(conn backends.HalfCloser) {
 	var inwards sync.WaitGroup
 	inwards.Go(func() {
 		t.takeIn(conn, sync.OnceFunc(func() { close(ended) }))
-		conn.Close()
 		t.Close()
+		conn.Close()
 	})
 	if t.sendOut(conn) {
 		<-ended
@@ -534,12 +534,17 @@ func (s *server) serveAccept(stream *yamux.Stream, f forward) {
 	s.mu.Lock()
 	l := s.listeners[f.Listener]
 	s.mu.Unlock()
-	if l == nil {
+	var w *waitingConn
+	if l != nil {
+		w = l.take(f.Arrival)
+	}
+	if w == nil {
+		writeMessage(stream, response{Failed: failureOf(net.ErrClosed)})
 		return
 	}
-	if w := l.take(f.Arrival); w != nil {
-		defer w.drop()
-		w.timer.Stop()
+	defer w.drop()
+	w.timer.Stop()
+	if writeMessage(stream, response{}) == nil {
 		t.carry(w.HalfCloser)
 	}
 }

@@ -96,7 +96,7 @@ type forward struct {
 	Arrival  uint64 `cbor:"4,keyasint,omitempty"` // for opAccept: see arrival
 }
 
-// response is the agent's answer to opResolve, opDial and opListen.
+// response is the agent's answer to opResolve, opDial, opListen and opAccept.
 type response struct {
 	Failed    *failure `cbor:"1,keyasint,omitempty"`
 	Addresses [][]byte `cbor:"2,keyasint,omitempty"` // to opResolve, 4 or 16 bytes each
