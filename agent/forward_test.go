@@ -244,7 +244,7 @@ func TestForwardSlowDial(t *testing.T) {
 		t.Errorf("in the agent's time: %v", err)
 	}
 	until(t, "its place is free", s.idle)
-	c, s = newInside(t, func(*server) {})
+	c, s = newInside(t, func(s *server) { s.limits.dial = time.Hour })
 	ctx, stop := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer stop()
 	if _, err := c.DialContext(ctx, "tcp", address); !errors.Is(err, context.DeadlineExceeded) {

@@ -207,8 +207,13 @@ func forwardHangUp(t *testing.T, s forwarder, _ Subject) {
 		fill(far)
 		near.Close()
 		far.SetDeadline(time.Now().Add(limit))
+		if _, err := io.Copy(io.Discard, far); isTimeout(err) {
+			t.Errorf("while bytes wait: %v", err)
+		}
+		near, far = connect(t, s, l)
+		near.Close()
 		io.Copy(io.Discard, far)
-		if _, err := io.Copy(far, repeat("x")); err == nil || errors.Is(err, backends.ErrGone) {
+		if _, err := io.Copy(far, repeat("x")); err == nil || isTimeout(err) || errors.Is(err, backends.ErrGone) {
 			t.Errorf("Write to who is gone: %v", err)
 		}
 		// A Read and a Write that wait are ended by Close.
@@ -278,6 +283,13 @@ func forwardCancelled(t *testing.T, s forwarder, _ Subject) {
 }
 
 func forwardAddresses(t *testing.T, s forwarder, _ Subject) {
+	port := listen(t, s, "tcp", ":0").Addr().(*net.TCPAddr).Port
+	for _, host := range []string{"0.0.0.0", "::", "::ffff:0.0.0.0"} {
+		if c, err := s.DialContext(withLimit(t), "tcp", net.JoinHostPort(host, fmt.Sprint(port))); err == nil {
+			c.Close()
+			t.Errorf("dialed %s, which is nobody's", host)
+		}
+	}
 	for _, a := range []struct{ network, address string }{
 		{"tcp", "localhost:80"}, {"tcp", "127.0.0.1"}, {"tcp", "127.0.0.1:0"}, {"tcp", "127.0.0.1:http"}, {"tcp", ":80"},
 		{"tcp", "0.0.0.0:80"}, {"tcp", "[::]:80"}, {"tcp", "[::ffff:0.0.0.0]:80"}, {"tcp", "127.0.0.1:65536"}, {"tcp", "127.1:80"}, {"tcp", ""},
