@@ -124,7 +124,7 @@ func parseHost(host string) (name, address string, err error) {
 	}
 	for _, r := range name {
 		if (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '.' && r != '-' && r != '_' {
-			return "", "", errors.New("a host name with other characters than letters, digits, '.', '-' and '_'")
+			return "", "", errors.New("a host name may hold letters, digits, '.', '-' and '_' alone")
 		}
 	}
 	return name, "", nil
