@@ -39,17 +39,18 @@ func (s *server) serveReports(stream *yamux.Stream, t terms) {
 		stream.Close()
 		return
 	}
-	if err := writeMessage(stream, auditing{On: true}); err != nil {
-		s.session.Close()
-		return
-	}
 	rec.reports = newReports(stream, t.Strict, time.Duration(t.Limit))
 	rec.fail = func(err error) {
 		rec.reports.fail(err)
 		s.session.Close()
 	}
+	// In this order: the gate asks for processes as soon as it has the answer, and each must find the recorder.
 	if !s.audit.CompareAndSwap(nil, rec) {
 		rec.fail(errors.New("a second stream of reports"))
+		return
+	}
+	if err := writeMessage(stream, auditing{On: true}); err != nil {
+		rec.fail(fmt.Errorf("answer the gate: %w", err))
 		return
 	}
 	go rec.watchEnds()

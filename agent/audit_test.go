@@ -567,3 +567,13 @@ func TestAuditUnavailable(t *testing.T) {
 		<-ended
 	}
 }
+
+// The first process is asked for as soon as the agent has said that it reports.
+func TestAuditFirstProcess(t *testing.T) {
+	for range 5 {
+		x := startAudited(t, backends.ExecAudit{})
+		x.run("/bin/true first; exit 0")
+		x.exec("/bin/true first")
+		x.client.Close()
+	}
+}
