@@ -280,6 +280,41 @@ func TestAuditStuck(t *testing.T) {
 	}
 }
 
+// TestAuditLast has the gate close a session in which programs run: all that ran is reported, however late.
+func TestAuditLast(t *testing.T) {
+	for _, strict := range []bool{false, true} {
+		x := startAudited(t, backends.ExecAudit{Strict: strict})
+		count := filepath.Join(t.TempDir(), "count")
+		x.run("setsid sh -c 'i=0; while :; do i=$((i+1)); echo $i >" + count + "; /bin/true last-$i; done' >/dev/null 2>&1 &")
+		ran := 0
+		for end := time.Now().Add(10 * time.Second); ran < 50 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			b, _ := os.ReadFile(count)
+			fmt.Sscan(string(b), &ran)
+		}
+		x.client.Close()
+		if err := x.client.Err(); err != nil {
+			t.Errorf("strict %v: %v", strict, err)
+		}
+		b, _ := os.ReadFile(count)
+		fmt.Sscan(string(b), &ran)
+		for i := 1; i < ran; i++ { // the one that was announced last need not have come about
+			e := x.exec(fmt.Sprintf("/bin/true last-%d", i))
+			if s, end := x.fate(e); s == nil || end == nil {
+				t.Fatalf("strict %v: %d of %d: started %v, ended %v", strict, i, ran, s, end)
+			}
+		}
+		for _, r := range x.all() {
+			if r.Exec == nil || r.Exec.Error != "" {
+				continue
+			}
+			// What ran to the end was killed.
+			if s, end := x.fate(r); s != nil && end == nil && bytes.HasPrefix(r.Exec.Args.List[0], []byte("sh")) {
+				t.Errorf("strict %v: no end of %q", strict, r.Exec.Args.List)
+			}
+		}
+	}
+}
+
 // TestAuditFolds has identical attempts counted, and others not.
 func TestAuditFolds(t *testing.T) {
 	for _, strict := range []bool{false, true} {

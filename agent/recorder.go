@@ -37,6 +37,9 @@ const (
 
 	// settleLimit bounds the wait for the reports of a process that has ended.
 	settleLimit = 2 * time.Second
+
+	// finishLimit bounds the wait for the last reports of a session.
+	finishLimit = 2 * time.Second
 )
 
 // recorder reports what the processes of the session execute and connect to. The kernel holds each such call until the
@@ -58,6 +61,7 @@ type recorder struct {
 	mu    sync.Mutex // guards what follows; never held while something is waited for
 	procs map[int]*tracked
 
+	ends    sync.Mutex // held while ends are reported, so that who takes it afterwards knows of those before
 	scripts scriptCache
 	folds   folder
 }
@@ -642,6 +646,7 @@ func (r *recorder) takeEnds(milliseconds int) bool {
 		if err != nil {
 			return false
 		}
+		r.ends.Lock()
 		for _, ev := range events[:n] {
 			r.mu.Lock()
 			t := r.procs[int(ev.Pad)]
@@ -654,6 +659,7 @@ func (r *recorder) takeEnds(milliseconds int) bool {
 				r.end(t)
 			}
 		}
+		r.ends.Unlock()
 		if n < len(events) {
 			return true
 		}
@@ -690,6 +696,34 @@ func signalText(s syscall.Signal) string {
 		return name
 	}
 	return "RT" + strconv.Itoa(int(s))
+}
+
+// finish ends all processes and the reports: the gate ends the session.
+func (r *recorder) finish() {
+	send := killDescendants
+	if os.Getpid() == 1 {
+		send = func(sig syscall.Signal) { syscall.Kill(-1, sig) }
+	}
+	for end := time.Now().Add(finishLimit / 2); time.Now().Before(end) && r.watching(); {
+		send(syscall.SIGKILL)
+		r.takeEnds(5)
+	}
+	r.takeEnds(0) // after those that watchEnds has in its hands
+	r.folds.flush(r)
+	r.reports.settle(finishLimit / 2)
+	r.reports.stream.Close()
+}
+
+// watching says whether a process is there whose end will be seen.
+func (r *recorder) watching() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, t := range r.procs {
+		if t.pidfd >= 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // settle waits until the gate has what was reported so far, the ends of processes among it.
