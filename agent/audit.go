@@ -7,6 +7,8 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -40,6 +42,9 @@ func (s *server) serveReports(stream *yamux.Stream, t terms) {
 		return
 	}
 	rec.reports = newReports(stream, t.Strict, time.Duration(t.Limit))
+	rec.reports.mu.Lock()
+	rec.reports.finish = rec.finish
+	rec.reports.mu.Unlock()
 	rec.fail = func(err error) {
 		rec.reports.fail(err)
 		s.session.Close()
@@ -294,15 +299,62 @@ func (c *Client) audit(a backends.ExecAudit, reports func(*backends.Report) erro
 	if a.Strict {
 		c.audited = "on, strict"
 	}
-	go c.takeReports(stream, reports)
+	c.reported = &reported{stream: stream, over: make(chan struct{})}
+	limit := a.StuckLimit
+	if limit <= 0 {
+		limit = defaultStuckLimit
+	}
+	go c.takeReports(stream, reports, limit)
 	return nil
+}
+
+// reported is the gate's end of the stream of reports.
+type reported struct {
+	stream *yamux.Stream
+	over   chan struct{} // closed when no more are taken
+	last   sync.Once
+	asked  atomic.Bool // for the last ones
+}
+
+// lastReports has the agent end all processes and tell what they did to their ends, before the stream is ended: what they
+// did last is not in the gate yet. A sandbox that doesn't comply is waited for as long as that is likely to help.
+func (c *Client) lastReports() {
+	r := c.reported
+	if r == nil {
+		return
+	}
+	r.last.Do(func() {
+		select {
+		case <-c.done:
+			return
+		default:
+		}
+		r.stream.SetWriteDeadline(time.Now().Add(finishLimit))
+		r.asked.Store(true)
+		if writeMessage(r.stream, ack{Finish: true}) != nil {
+			return
+		}
+		timer := time.NewTimer(finishLimit)
+		defer timer.Stop()
+		select {
+		case <-r.over:
+		case <-c.done:
+		case <-timer.C:
+		}
+	})
 }
 
 // ExecAudit says how executed programs are reported: "on", "on, strict", "off", or "off: " and why they can't be.
 func (c *Client) ExecAudit() string { return c.audited }
 
-// takeReports hands reports on and acknowledges them until the stream ends, which ends the session.
-func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report) error) {
+// takeReports hands reports on and acknowledges them until the stream ends, which ends the session, as does a report that
+// is not taken within limit.
+func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report) error, limit time.Duration) {
+	defer close(c.reported.over)
+	stuck := time.AfterFunc(time.Hour, func() {
+		c.end(fmt.Errorf("reports of executed programs: not recorded within %v", limit))
+	})
+	stuck.Stop()
 	in := &buffered{r: stream, b: make([]byte, 0, 4<<10)}
 	var last uint64
 	for {
@@ -312,7 +364,9 @@ func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report
 		}
 		if err == nil {
 			last = rep.Sequence
+			stuck.Reset(limit)
 			err = reports(rep)
+			stuck.Stop()
 		}
 		if err == nil && len(in.rest) == 0 { // one acknowledgement for all that has come
 			stream.SetWriteDeadline(time.Now().Add(orderWait))
@@ -322,6 +376,9 @@ func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report
 			select {
 			case <-c.done:
 			default:
+				if errors.Is(err, io.EOF) && c.reported.asked.Load() {
+					return
+				}
 				c.end(fmt.Errorf("reports of executed programs: %w", err))
 			}
 			return

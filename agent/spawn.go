@@ -104,11 +104,12 @@ func spawn(r *reaper, p program, files [3]*os.File, tty bool, rec *recorder, cha
 	}
 	err = writeMessage(ours, p)
 	var said io.Reader = ours
+	became := false
 	if err == nil && rec != nil {
 		var l *listener
 		if l, said, err = takeListener(ours); l != nil {
 			w := rec.watch(l, channel, pid, &p, ours)
-			defer w.begun()
+			defer func() { w.begun(became) }()
 		}
 	}
 	if err == nil {
@@ -118,6 +119,7 @@ func spawn(r *reaper, p program, files [3]*os.File, tty bool, rec *recorder, cha
 		} else if err != nil {
 			// The end of the stream: stage 2's descriptor was closed by its exec.
 			raiseOOMScore(pid)
+			became = true
 			return c, nil
 		}
 	} else {

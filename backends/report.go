@@ -73,8 +73,8 @@ type Exec struct {
 	Count uint32 `cbor:"9,keyasint,omitempty"`
 	Of    uint64 `cbor:"10,keyasint,omitempty"`
 	Entry string `cbor:"11,keyasint,omitempty"` // the system call, if it is not the machine's own execve
-	// By is the sequence of the last Exec of the process, or of the nearest of its ancestors that has one: the program that
-	// asks. 0: not known.
+	// By is the sequence of the last Exec of the process, or of the nearest of its ancestors that has one and lives: the
+	// program that asks. Where none lives any more, it is the Exec of what the gate asked for. 0: not known.
 	By uint64 `cbor:"12,keyasint,omitempty"`
 }
 
