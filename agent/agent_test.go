@@ -315,7 +315,7 @@ func newFakeAgent(t testing.TB, p pace) (*Client, *fakeAgent) {
 		if _, err := challenge(inside, public); err != nil {
 			return
 		}
-		a.session, _ = yamux.Server(inside, muxConfig())
+		a.session, _ = yamux.Server(inside, muxConfig(insideWindow))
 		a.control, _ = a.session.AcceptStream()
 		var o opening
 		if readMessage(a.control, maxRequest, &o) == nil {
@@ -539,7 +539,7 @@ func FuzzRequests(f *testing.F) {
 }
 
 // startAgent starts an agent of its own process. The channel is closed when it has ended.
-func startAgent(t *testing.T, key ed25519.PublicKey) (net.Conn, *exec.Cmd, <-chan struct{}) {
+func startAgent(t testing.TB, key ed25519.PublicKey) (net.Conn, *exec.Cmd, <-chan struct{}) {
 	t.Helper()
 	ours, theirs := pair(t)
 	f, err := theirs.(*net.UnixConn).File()

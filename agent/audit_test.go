@@ -418,7 +418,7 @@ func TestHostileAudit(t *testing.T) {
 				if _, err := challenge(inside, public); err != nil {
 					return
 				}
-				session, _ := yamux.Server(inside, muxConfig())
+				session, _ := yamux.Server(inside, muxConfig(insideWindow))
 				defer session.Close()
 				for {
 					s, err := session.AcceptStream()

@@ -51,7 +51,9 @@ type Client struct {
 	control *yamux.Stream
 	hander  *hander // nil: processes' bytes travel on streams
 	pace    pace
-	next    atomic.Uint64 // number of the last process
+	next    atomic.Uint64 // number of the last process or listener
+
+	listeners atomic.Int32 // how many there are
 
 	channels atomic.Uint32 // the highest one that has had a process
 	audited  string        // see ExecAudit
@@ -104,7 +106,7 @@ func newClient(conn net.Conn, key ed25519.PrivateKey, hello Hello, pace pace) (c
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	session, err := yamux.Client(newCoalescer(&guard{Conn: &gulper{Conn: conn}}), muxConfig())
+	session, err := yamux.Client(newCoalescer(&guard{Conn: &gulper{Conn: conn}}), muxConfig(window))
 	if err != nil {
 		return nil, err
 	}
@@ -323,6 +325,9 @@ func (r *running) open(id uint64) (err error) {
 	}}
 	if t := p.Terminal; t != nil {
 		o.Request.Terminal = &terminal{Term: t.Term, Size: sizeOf(t.Size), Modes: t.Modes}
+	}
+	if x := p.X11; x != nil {
+		o.Request.X11 = &x11{Display: x.Display, Screen: x.Screen, Protocol: x.Protocol, Cookie: x.Cookie}
 	}
 	return writeMessage(r.control, o)
 }

@@ -37,6 +37,7 @@ type process struct {
 	stdin  *os.File   // where input goes; the master, if there is one; nil with pipes of the gate's
 	output []*os.File // where output comes from, by frame type less frameStdout
 	theirs pipes      // the child's ends, closed once it runs
+	tidy   func()     // removes what was made for it in the file system; nil: nothing
 
 	reports sync.Mutex // one report at a time on control
 	frames  sync.Mutex // one frame at a time on data
@@ -50,6 +51,9 @@ func (s *server) serveProcess(p *process) {
 		defer p.data.Close()
 	}
 	err := p.start()
+	if p.tidy != nil {
+		defer p.tidy()
+	}
 	if err != nil {
 		p.refuse(err)
 	}
@@ -103,6 +107,11 @@ func (p *process) start() error {
 		}
 	} else if p.data != nil {
 		err = p.openPipes()
+	}
+	if x := p.request.X11; x != nil && err == nil {
+		var variables []string
+		variables, p.tidy, err = x.environ()
+		prog.Env = environ(prog.Env, variables)
 	}
 	if err == nil {
 		p.child, err = spawn(p.server.reaper, prog, p.theirs, p.tty != nil, p.server.audit.Load(), p.request.Channel)

@@ -67,13 +67,17 @@ func Serve(config Config) error {
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	session, err := yamux.Server(newCoalescer(&gulper{Conn: conn}), muxConfig())
+	session, err := yamux.Server(newCoalescer(&gulper{Conn: conn}), muxConfig(insideWindow))
 	if err != nil {
 		return err
 	}
 	defer session.Close()
 	r := newReaper(stop)
-	err = newServer(session, pipes, r, config.Home).serve(limit)
+	server := newServer(session, pipes, r, config.Home)
+	if config.Socket != "" {
+		server.own = ownDirs(config.Socket)
+	}
+	err = server.serve(limit)
 	endAll(r, endGrace)
 	return err
 }
@@ -123,16 +127,22 @@ type server struct {
 	user    string
 	shell   string
 
-	mu sync.Mutex // guards waiting
+	own         []string      // directories of the agent's own, which no forwarding leads to
+	connections chan struct{} // holds one of each that is forwarded
+	lookups     chan struct{} // holds one of each name or path that is being looked up
+
+	mu sync.Mutex // guards what follows
 	// waiting holds data streams whose process has not been asked for yet, and channels of processes whose data stream
 	// has not come yet: the gate opens the two at once, and they are met in any order.
-	waiting map[uint64]chan *yamux.Stream
+	waiting   map[uint64]chan *yamux.Stream
+	listeners map[uint64]*listening // by the gate's number
 }
 
 func newServer(session *yamux.Session, pipes *net.UnixConn, r *reaper, home string) *server {
 	s := &server{
 		session: session, reaper: r, pace: normalPace, env: os.Environ(),
-		waiting: make(map[uint64]chan *yamux.Stream),
+		connections: make(chan struct{}, maxConnections), lookups: make(chan struct{}, maxLookups),
+		waiting: make(map[uint64]chan *yamux.Stream), listeners: make(map[uint64]*listening),
 	}
 	if pipes != nil {
 		s.pipes = newTaker(pipes)
@@ -218,8 +228,7 @@ func (s *server) accept() error {
 		if err != nil {
 			return nil // the gate is gone: the end of every session
 		}
-		// Two streams a process, and a few that are closing.
-		if s.session.NumStreams() > 4*maxProcesses {
+		if s.session.NumStreams() > maxStreams {
 			stream.Close()
 			continue
 		}
@@ -265,6 +274,14 @@ func (s *server) serveStream(stream *yamux.Stream, slots chan struct{}) {
 		}
 	case opReports:
 		s.serveReports(stream, o.Audit)
+	case opResolve:
+		s.serveResolve(stream, o.Forward)
+	case opDial:
+		s.serveDial(stream, o.Forward)
+	case opListen:
+		s.serveListen(stream, o.Forward)
+	case opAccept:
+		s.serveAccept(stream, o.Forward)
 	default:
 		stream.Close()
 	}

@@ -14,7 +14,7 @@ import (
 )
 
 // Version is what gate and agent must have in common. It changes with every change of the stream's meaning.
-const Version = "2"
+const Version = "3"
 
 const (
 	magic            = "SLYPAGT" + Version
@@ -27,6 +27,16 @@ const (
 	// unix socket on two busy processors the median of 256 KiB was 371 MB/s out and 514 in, of 512 KiB 447 and 613, of
 	// 1 MiB 450 and 601, of 4 MiB 426 and 565: more buys nothing.
 	window = 512 << 10
+
+	// insideWindow is the agent's own, and so what a stalled stream may hold in the sandbox's memory.
+	insideWindow = 256 << 10
+
+	// maxConnections bounds the connections that one agent forwards, those included that wait to be taken. The gate's
+	// bound on channels is lower.
+	maxConnections = 256
+
+	// maxStreams bounds the streams at a time: two a process and one a connection, each a few of which are closing.
+	maxStreams = 4*maxProcesses + 2*maxConnections
 
 	// maxFrame is the largest payload of a data frame.
 	maxFrame    = 64 << 10
@@ -49,6 +59,10 @@ const (
 	opProcess = 2
 	opData    = 3
 	opReports = 4
+	opResolve = 5
+	opDial    = 6
+	opListen  = 7
+	opAccept  = 8
 )
 
 // What a data frame carries: the number of the file descriptor.
@@ -58,6 +72,12 @@ const (
 	frameStderr = 2
 )
 
+// What a frame of a forwarded connection carries.
+const (
+	frameBytes = 0 // none of them: the end of the direction
+	frameCut   = 1 // nothing: the connection was cut off
+)
+
 // opening is the first message of a stream.
 type opening struct {
 	Op       uint8    `cbor:"1,keyasint"`
@@ -65,6 +85,28 @@ type opening struct {
 	Greeting greeting `cbor:"3,keyasint,omitempty"`
 	Request  request  `cbor:"4,keyasint,omitempty"`
 	Audit    terms    `cbor:"5,keyasint,omitempty"`
+	Forward  forward  `cbor:"6,keyasint,omitempty"`
+}
+
+// forward says what is to be resolved, dialed, listened at or accepted.
+type forward struct {
+	Network  string `cbor:"1,keyasint,omitempty"`
+	Address  string `cbor:"2,keyasint,omitempty"` // for opResolve a host
+	Listener uint64 `cbor:"3,keyasint,omitempty"` // a number that the gate gives it
+	Arrival  uint64 `cbor:"4,keyasint,omitempty"` // for opAccept: see arrival
+}
+
+// response is the agent's answer to opResolve, opDial and opListen.
+type response struct {
+	Failed    *failure `cbor:"1,keyasint,omitempty"`
+	Addresses [][]byte `cbor:"2,keyasint,omitempty"` // to opResolve, 4 or 16 bytes each
+	Address   string   `cbor:"3,keyasint,omitempty"` // to opListen
+}
+
+// arrival says that a listener has taken a connection, which waits for an opAccept.
+type arrival struct {
+	Number uint64 `cbor:"1,keyasint"`
+	Origin string `cbor:"2,keyasint,omitempty"` // address and port, of "tcp"
 }
 
 // greeting says whose sandbox it is.
@@ -89,6 +131,15 @@ type request struct {
 	Typed    bool      `cbor:"6,keyasint,omitempty"`
 	Pipes    bool      `cbor:"7,keyasint,omitempty"` // they come from the gate; there is no data stream
 	Channel  uint32    `cbor:"8,keyasint,omitempty"` // for reports
+	X11      *x11      `cbor:"9,keyasint,omitempty"`
+}
+
+// x11 is backends.X11 as it travels.
+type x11 struct {
+	Display  int    `cbor:"1,keyasint,omitempty"`
+	Screen   uint32 `cbor:"2,keyasint,omitempty"`
+	Protocol string `cbor:"3,keyasint,omitempty"`
+	Cookie   []byte `cbor:"4,keyasint,omitempty"`
 }
 
 type terminal struct {
@@ -122,8 +173,13 @@ type report struct {
 }
 
 const (
-	failedOther   = 0
-	failedNoShell = 1
+	failedOther       = 0
+	failedNoShell     = 1
+	failedRefused     = 2
+	failedUnreachable = 3
+	failedNoHost      = 4
+	failedTimeout     = 5
+	failedInUse       = 6
 )
 
 type failure struct {
@@ -256,9 +312,11 @@ func (f *frames) feed(b []byte, emit func(kind byte, p []byte) error) error {
 // inFrame says whether a frame has begun and not ended.
 func (f *frames) inFrame() bool { return f.have > 0 || f.left > 0 }
 
-func muxConfig() *yamux.Config {
+// muxConfig is for an end that takes as much as window of each stream before it is read.
+func muxConfig(window uint32) *yamux.Config {
 	c := yamux.DefaultConfig()
-	c.EnableKeepAlive = false // the control stream's heartbeat is seen to be answered by the agent's own code
+	c.AcceptBacklog = 2 * maxStreams // streams wait for nothing when they are opened
+	c.EnableKeepAlive = false        // the control stream's heartbeat is seen to be answered by the agent's own code
 	c.MaxStreamWindowSize = window
 	c.StreamOpenTimeout = 0 // its expiry closes the whole session
 	c.StreamCloseTimeout = time.Minute

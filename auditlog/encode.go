@@ -207,6 +207,8 @@ func newBody(k Kind) Body {
 		return new(Content)
 	case KindDataRest:
 		return new(DataRest)
+	case KindForward:
+		return new(Forward)
 	}
 	return nil
 }
@@ -258,6 +260,8 @@ func (k Kind) String() string {
 		return "content"
 	case KindDataRest:
 		return "data-rest"
+	case KindForward:
+		return "forward"
 	}
 	return fmt.Sprintf("kind-%d", uint8(k))
 }

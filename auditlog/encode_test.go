@@ -45,7 +45,7 @@ func TestDataEncoding(t *testing.T) {
 // Every kind comes back as it was, and none is missing from the tables.
 func TestKinds(t *testing.T) {
 	kinds := []Kind{KindProgramExec, KindProgramStart, KindProgramEnd, KindConnectOut, KindScript, KindUnaudited,
-		KindTransfer, KindContent, KindDataRest}
+		KindTransfer, KindContent, KindDataRest, KindForward}
 	for k := KindConnect; k <= KindRefused; k++ {
 		kinds = append(kinds, k)
 	}

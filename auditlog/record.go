@@ -95,19 +95,25 @@ type Sandbox struct {
 	ExecAudit string `cbor:"9,keyasint,omitempty" json:"exec_audit,omitempty"`
 }
 
-// ChannelOpen is a channel asked for (RFC 4254, section 5.1). Error is the refusal's text.
+// ChannelOpen is a channel asked for (RFC 4254, section 5.1), by the client, or by the gate where a connection was made
+// to what is forwarded to the client. Error is the refusal's text.
 type ChannelOpen struct {
 	Type  string `cbor:"1,keyasint,omitempty" json:"type,omitempty"`
 	Error string `cbor:"2,keyasint,omitempty" json:"error,omitempty"`
 	Extra []byte `cbor:"3,keyasint,omitempty" json:"extra,omitempty"` // type-specific data, cut at 1 KiB
+	// Of a forwarded connection; what became of it is in its Forward.
+	Target     string   `cbor:"4,keyasint,omitempty" json:"target,omitempty"`     // host:port, or a socket's path
+	Originator string   `cbor:"5,keyasint,omitempty" json:"originator,omitempty"` // address:port
+	Addresses  []string `cbor:"6,keyasint,omitempty" json:"addresses,omitempty"`  // that policy admits, in the order to be tried
+	Session    uint32   `cbor:"7,keyasint,omitempty" json:"session,omitempty"`    // the channel whose agent or X server it is for
 }
 
 // Request is a request on a channel, or a global one (channel 0), with its answer.
 type Request struct {
 	Type    string `cbor:"1,keyasint,omitempty" json:"type,omitempty"`
 	Command []byte `cbor:"2,keyasint,omitempty" json:"command,omitempty"` // exec: as sent
-	Name    string `cbor:"3,keyasint,omitempty" json:"name,omitempty"`    // subsystem, environment variable, signal
-	Value   string `cbor:"4,keyasint,omitempty" json:"value,omitempty"`   // environment variable's value
+	Name    string `cbor:"3,keyasint,omitempty" json:"name,omitempty"`    // subsystem, environment variable, signal; tcpip-forward: what to listen on
+	Value   string `cbor:"4,keyasint,omitempty" json:"value,omitempty"`   // environment variable's value; tcpip-forward: what is listened on
 	Term    string `cbor:"5,keyasint,omitempty" json:"term,omitempty"`    // pty-req
 	Columns uint32 `cbor:"6,keyasint,omitempty" json:"columns,omitempty"` // pty-req, window-change
 	Rows    uint32 `cbor:"7,keyasint,omitempty" json:"rows,omitempty"`

@@ -92,7 +92,12 @@ type Permit struct {
 	Exec    bool     `json:"exec,omitempty"`
 	SFTP    bool     `json:"sftp,omitempty"`
 	Env     []string `json:"env,omitempty"`     // names a client may set; a trailing * matches a prefix
-	Forward []string `json:"forward,omitempty"` // host:port a client may reach from inside (later)
+	Forward []string `json:"forward,omitempty"` // what a client may reach from inside: host:port, unix:/path
+	Listen  []string `json:"listen,omitempty"`  // what it may listen on inside: address:port, unix:/path
+	Agent   bool     `json:"agent,omitempty"`   // forwarding of the client's ssh agent
+	X11     bool     `json:"x11,omitempty"`     // forwarding of the client's X server
+	// ForwardContent says what is kept of forwarded connections' bytes: "" or "none" (default), or "full" within DataLimit.
+	ForwardContent string `json:"forward_content,omitempty"`
 	// Input says what of typed input is recorded: "" or "no-passwords" (default), "all" or "none".
 	Input string `json:"input,omitempty"`
 	// MaxDuration and IdleTimeout narrow the gate's own limits; Go durations, "1h30m".
@@ -118,16 +123,22 @@ type Transfer struct {
 	Raw            bool   `json:"raw,omitempty"`             // the channel's bytes are kept as data too
 }
 
-// RequestInput is the question whether one request on a channel may be served. Login is the decision that admitted the
-// connection.
+// RequestInput is the question whether one request may be served, or one channel opened. Permit is what the login
+// admitted.
 type RequestInput struct {
 	User    string `json:"user"`
 	Ticket  string `json:"ticket"`
 	Profile string `json:"profile"`
 	Permit  Permit `json:"permit"`
-	Type    string `json:"type"`              // "shell", "exec", "subsystem", "pty-req", "env", "signal"
+	Type    string `json:"type"`              // of the request or the channel: "shell", "exec", "direct-tcpip", "tcpip-forward", ...
 	Command string `json:"command,omitempty"` // for exec
 	Name    string `json:"name,omitempty"`    // subsystem, or environment variable
+
+	// For forwarding. A target that the client named is asked about by its name alone first, then with each of its addresses.
+	Host    string `json:"host,omitempty"`    // a name in lower case without a dot at its end; empty where the client gave an address
+	Address string `json:"address,omitempty"` // an IP address, IPv4 never in IPv6; empty for a listener: all of them
+	Port    uint16 `json:"port,omitempty"`    // 0 for a listener: a free one
+	Path    string `json:"path,omitempty"`    // of a socket, absolute and clean
 }
 
 // Verdict is the answer to a RequestInput.

@@ -538,8 +538,12 @@ func checkLogin(l Login) error {
 	if !profileName.MatchString(l.Profile) {
 		return errors.New("profile: no valid name")
 	}
-	limits := map[string]any{"max_duration": l.Permit.MaxDuration, "idle_timeout": l.Permit.IdleTimeout}
-	if err := checkDurations(limits); err != nil {
+	permit, err := plain(l.Permit)
+	if err != nil {
+		return err
+	}
+	fields, _ := permit.(map[string]any)
+	if err := checkPermit(fields); err != nil {
 		return under(err, "permit")
 	}
 	if err := checkDurations(map[string]any{"exec_stuck_limit": l.Sandbox.ExecStuckLimit}); err != nil {
@@ -633,7 +637,7 @@ func (e *Engine) Warnings() []string {
 			}
 			denied = append(denied, what)
 		}
-		for _, way := range []string{"shell", "exec", "forward"} {
+		for _, way := range []string{"shell", "exec", "forward", "listen", "agent", "x11"} {
 			switch v := permit[way].(type) {
 			case bool:
 				if !v {

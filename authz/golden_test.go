@@ -89,6 +89,7 @@ func TestSchemasMatchTypes(t *testing.T) {
 			Memory: "1Gi", CPUs: 1.5, PIDs: 1, TmpSize: "1M", HomeSize: "1k", Scratch: "volume", Caps: []string{"NET_RAW"},
 			Runtime: "runsc", ExtraHosts: []string{"a:192.0.2.1"}, ExecAudit: "required", ExecStrict: true, ExecStuckLimit: "5s"},
 		Permit: Permit{Shell: true, Exec: true, SFTP: true, Env: []string{"LC_*"}, Forward: []string{"db:5432"},
+			Listen: []string{"localhost:0"}, Agent: true, X11: true, ForwardContent: "full",
 			Input: "all", MaxDuration: "1h", IdleTimeout: "1m", DataLimit: "1Mi",
 			Transfer: &Transfer{DenyUpload: true, DenyDownload: true, DenyPaths: []string{"/p"}, MaxSize: "1Gi", Content: "full",
 				ContentFile: "1Mi", ContentSession: "1Gi", Raw: true}},
@@ -101,7 +102,7 @@ func TestSchemasMatchTypes(t *testing.T) {
 			Sources: []string{"::/0"}, Reason: "r", ApprovedBy: "a"},
 		"login-input.json":    LoginInput{User: "u", Choice: "c"},
 		"offer-input.json":    OfferInput{User: "u"},
-		"request-input.json":  RequestInput{Command: "c", Name: "n", Permit: all.Permit},
+		"request-input.json":  RequestInput{Command: "c", Name: "n", Permit: all.Permit, Host: "h", Address: "::1", Port: 1, Path: "/p"},
 		"request-result.json": Verdict{Allow: true, Reason: "r"},
 	} {
 		value, err := plain(v)

@@ -188,7 +188,7 @@ func checkProfileEntry(path []string, value any) *placeError {
 		return err
 	}
 	permit, _ := profile["permit"].(map[string]any)
-	return under(checkDurations(permit), "permit")
+	return under(checkPermit(permit), "permit")
 }
 
 func checkDurations(in map[string]any) *placeError {

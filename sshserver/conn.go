@@ -30,6 +30,11 @@ const (
 )
 
 const (
+	noMoreSessions = "no-more-sessions@openssh.com"
+	maxGlobal      = 64 // global requests that wait for their turn
+)
+
+const (
 	tellTime     = time.Second      // for the last words on the terminals
 	closeTimeout = 30 * time.Second // for a sandbox's removal
 	finishTime   = 15 * time.Second // for the connection's goroutines
@@ -55,6 +60,7 @@ type conn struct {
 	started time.Time
 	rec     *auditlog.Recorder
 	limit   *rate.Limiter // requests and channel opens
+	opens   *rate.Limiter // connections made inside to what is forwarded
 
 	ctx    context.Context
 	cancel context.CancelCauseFunc // with a *cause
@@ -72,6 +78,8 @@ type conn struct {
 	heard  atomic.Bool  // the client has sent something since keepAlive looked
 	active atomic.Int64 // time of the last traffic, Unix nanoseconds
 
+	changed chan struct{} // has a value after the decision changed: see narrowed
+
 	sandboxDone chan struct{} // closed when the start has ended; then sandbox or sandboxErr is set
 	sandbox     backends.Sandbox
 	sandboxErr  error
@@ -80,6 +88,8 @@ type conn struct {
 	decision       authz.Login         // the newest one that allowed
 	sandboxID      string              //
 	sessions       map[uint32]*session // open channels
+	forwards       map[uint32]*forward // open, under way, and refused by a client that has not said so
+	listeners      map[*listener]bool  // inside, for the client
 	kept           contentKept         // of transferred files
 	channels       uint32              // channels ever opened
 	noMoreSessions bool                // no-more-sessions@openssh.com
@@ -89,7 +99,8 @@ func newConn(s *Server, nc net.Conn, source netip.Addr) *conn {
 	now := time.Now()
 	c := &conn{
 		s: s, id: newID(now), nc: newBatchConn(nc), source: source, started: now, waiting: true,
-		limit: rate.NewLimiter(requestRate, requestBurst), sessions: map[uint32]*session{},
+		limit: rate.NewLimiter(requestRate, requestBurst), opens: rate.NewLimiter(requestRate, requestBurst),
+		changed: make(chan struct{}, 1), sessions: map[uint32]*session{}, forwards: map[uint32]*forward{}, listeners: map[*listener]bool{},
 	}
 	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
 	c.rec = s.Log.New(c.id)
@@ -219,6 +230,7 @@ func (c *conn) serve(channels <-chan ssh.NewChannel, requests <-chan *ssh.Reques
 	c.spawn(func() { c.globalRequests(requests) })
 	c.spawn(func() { c.newChannels(channels) })
 	c.spawn(c.keepAlive)
+	c.spawn(c.narrowed)
 	c.spawn(func() {
 		err := c.sc.Wait()
 		why := &cause{word: "client-left"}
@@ -409,6 +421,10 @@ func (c *conn) reevaluate() {
 		if d.Revision != old.Revision {
 			c.recordDecision(in, d)
 		}
+		select {
+		case c.changed <- struct{}{}:
+		default: // one waits already
+		}
 		return
 	}
 	if err == nil {
@@ -453,9 +469,17 @@ func (c *conn) keepAlive() {
 	}
 }
 
-// globalRequests answers the requests that concern the whole connection.
+// globalRequests has the requests that concern the whole connection answered in their order, which the protocol demands
+// (RFC 4254, section 4): one that takes long, as a listener may, delays the answers after it and nothing else.
 func (c *conn) globalRequests(requests <-chan *ssh.Request) {
+	waiting := make(chan *ssh.Request, maxGlobal)
+	c.spawn(func() {
+		for req := range waiting {
+			c.globalRequest(req)
+		}
+	})
 	defer func() {
+		close(waiting)
 		for range requests { // x/crypto's reader waits for a taker, also after the connection is closed
 		}
 	}()
@@ -463,36 +487,63 @@ func (c *conn) globalRequests(requests <-chan *ssh.Request) {
 		if c.limit.Wait(c.ctx) != nil {
 			return // x/crypto drops what is left when the connection is closed
 		}
-		var ok bool
-		var answer []byte
-		rec := auditlog.Request{Type: authz.Printable(req.Type, 100)}
-		switch req.Type {
-		case "keepalive@openssh.com":
-			// Any answer will do; OpenSSH's own is a failure. Not recorded: it says nothing.
-			req.Reply(false, nil)
-			continue
-		case "no-more-sessions@openssh.com":
+		if req.Type == noMoreSessions { // holds at once, whatever waits before it
 			c.mu.Lock()
 			c.noMoreSessions = true
 			c.mu.Unlock()
-			ok = true
-		case "hostkeys-prove-00@openssh.com":
-			answer, ok = c.proveHostKeys(req.Payload)
-		default:
-			rec.Reason = "not supported"
-			rec.Payload = req.Payload[:min(len(req.Payload), 1024)]
 		}
-		rec.OK = ok
-		if c.record(0, &rec) != nil {
+		select {
+		case waiting <- req:
+		case <-c.ctx.Done():
 			return
-		}
-		if req.WantReply {
-			req.Reply(ok, answer)
 		}
 	}
 }
 
-// newChannels opens session channels and refuses all others.
+// globalRequest decodes, decides, acts, records and answers.
+func (c *conn) globalRequest(req *ssh.Request) {
+	if c.ctx.Err() != nil {
+		return
+	}
+	var answer []byte
+	var err error
+	var listening *listener
+	rec := auditlog.Request{Type: authz.Printable(req.Type, 100)}
+	switch req.Type {
+	case "keepalive@openssh.com":
+		// Any answer will do; OpenSSH's own is a failure. Not recorded: it says nothing.
+		req.Reply(false, nil)
+		return
+	case noMoreSessions:
+	case "hostkeys-prove-00@openssh.com":
+		var ok bool
+		if answer, ok = c.proveHostKeys(req.Payload); !ok {
+			err = errors.New("asks about a key that is none of the gate's")
+		}
+	case typeListenTCP, typeListenUnix:
+		listening, answer, err = c.listenFor(req, &rec)
+	case typeCancelTCP, typeCancelUnix:
+		err = c.cancelListener(req, &rec)
+	default:
+		err = errUnknown
+	}
+	rec.OK = err == nil
+	if err != nil {
+		rec.Reason = authz.Printable(err.Error(), 500)
+		if errors.Is(err, errUnknown) || errors.Is(err, errMalformed) {
+			rec.Payload = req.Payload[:min(len(req.Payload), 1024)]
+		}
+	}
+	lost := c.record(0, &rec)
+	if listening != nil {
+		c.spawn(listening.serve) // it ends with the connection, also if that is now
+	}
+	if lost == nil && req.WantReply {
+		req.Reply(rec.OK, answer)
+	}
+}
+
+// newChannels opens session channels and those that forward, and refuses all others.
 func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
 	defer func() {
 		for range channels { // as in globalRequests
@@ -502,21 +553,29 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
 		if c.limit.Wait(c.ctx) != nil {
 			return
 		}
+		kind := nc.ChannelType()
+		forwards := kind == typeDirectTCP || kind == typeDirectUnix
+		var f *forward
 		c.mu.Lock()
 		c.channels++
 		id := c.channels
-		open, noMore := len(c.sessions), c.noMoreSessions
+		open, noMore := len(c.sessions)+len(c.forwards), c.noMoreSessions
+		if forwards {
+			f = c.newForward(id, kind)
+		}
 		c.mu.Unlock()
-		rec := auditlog.ChannelOpen{Type: authz.Printable(nc.ChannelType(), 100)}
+		if f != nil {
+			c.spawn(func() { f.direct(nc) })
+			continue
+		}
+		rec := auditlog.ChannelOpen{Type: authz.Printable(kind, 100)}
 		reason := ssh.Prohibited
 		switch {
-		case nc.ChannelType() == "direct-tcpip" || nc.ChannelType() == "direct-streamlocal@openssh.com":
-			rec.Error = "forwarding is not permitted"
-		case nc.ChannelType() != "session":
+		case kind != "session" && !forwards:
 			reason, rec.Error = ssh.UnknownChannelType, "unknown channel type"
-		case noMore:
+		case noMore && !forwards:
 			rec.Error = "the client said that it opens no more sessions"
-		case open >= c.s.Config.MaxChannels:
+		case forwards || open >= c.s.Config.MaxChannels:
 			reason, rec.Error = ssh.ResourceShortage, fmt.Sprintf("%d channels are open, the most allowed", open)
 		}
 		if rec.Error != "" {
@@ -541,6 +600,37 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
 		c.mu.Unlock()
 		c.spawn(func() { s.serve(reqs) })
 	}
+}
+
+// permit is what the connection may do now.
+func (c *conn) permit() authz.Permit {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.decision.Permit
+}
+
+// permitted asks policy about one request or channel.
+func (c *conn) permitted(ctx context.Context, in authz.RequestInput) error {
+	c.mu.Lock()
+	d := c.decision
+	in.User = c.login.User
+	c.mu.Unlock()
+	in.Ticket, in.Profile, in.Permit = d.Ticket, d.Profile, d.Permit
+	ctx, cancel := context.WithTimeout(ctx, policyTimeout)
+	defer cancel()
+	v, err := c.s.Policy.Request(ctx, in)
+	if err != nil {
+		c.s.Slog.Error("policy: request", "connection", c.id, "error", err)
+		return &UserError{Text: "policy gave no decision", Err: err}
+	}
+	if !v.Allow {
+		reason := v.Reason
+		if reason == "" {
+			reason = in.Type + " is not permitted"
+		}
+		return &UserError{Text: authz.Printable(reason, 300)}
+	}
+	return nil
 }
 
 // startSandbox begins the start; sandboxDone tells its end.

@@ -44,6 +44,10 @@ type session struct {
 	inMu     sync.Mutex // guards inClosed; held while input is recorded, so that none is after the channel's end
 	inClosed bool
 
+	agent     bool          // auth-agent-req@openssh.com was permitted
+	x11       *backends.X11 // x11-req; nil: none
+	x11Single bool          // for one connection
+
 	terminal *backends.Terminal // written before running is, read after it
 	running  bool               // guarded by c.mu: the program has its terminal
 	screen   *outlet            // the terminal, once running
@@ -98,7 +102,7 @@ func (s *session) request(req *ssh.Request) bool {
 	rec.OK = err == nil
 	if err != nil {
 		rec.Reason = authz.Printable(err.Error(), 500)
-		if errors.Is(err, errMalformed) || errors.Is(err, errUnknown) {
+		if (errors.Is(err, errMalformed) || errors.Is(err, errUnknown)) && req.Type != typeX11Request { // which holds a secret
 			rec.Payload = req.Payload[:min(len(req.Payload), 1024)]
 		}
 	}
@@ -141,7 +145,7 @@ func (s *session) decode(req *ssh.Request, rec *auditlog.Request, act *func()) e
 		if s.started || s.terminal != nil {
 			return errors.New("out of order")
 		}
-		if err := s.permitted(authz.RequestInput{Type: req.Type}); err != nil {
+		if err := s.c.permitted(s.ctx, authz.RequestInput{Type: req.Type}); err != nil {
 			return err
 		}
 		*act = func() { s.terminal = t }
@@ -154,7 +158,7 @@ func (s *session) decode(req *ssh.Request, rec *auditlog.Request, act *func()) e
 		if s.started || len(s.env) >= maxEnv {
 			return errors.New("out of order, or too many variables")
 		}
-		if err := s.permitted(authz.RequestInput{Type: req.Type, Name: m.Name}); err != nil {
+		if err := s.c.permitted(s.ctx, authz.RequestInput{Type: req.Type, Name: m.Name}); err != nil {
 			rec.Value = "" // nobody gets it, and clients send things by accident
 			return err
 		}
@@ -207,7 +211,7 @@ func (s *session) decode(req *ssh.Request, rec *auditlog.Request, act *func()) e
 		if !s.started {
 			return errors.New("no program")
 		}
-		if err := s.permitted(authz.RequestInput{Type: req.Type, Name: name}); err != nil {
+		if err := s.c.permitted(s.ctx, authz.RequestInput{Type: req.Type, Name: name}); err != nil {
 			return err
 		}
 		*act = func() {
@@ -217,6 +221,30 @@ func (s *session) decode(req *ssh.Request, rec *auditlog.Request, act *func()) e
 			default: // 16 wait already
 			}
 		}
+	case typeAgentRequest:
+		if s.started || s.agent {
+			return errors.New("out of order")
+		}
+		if err := s.c.permitted(s.ctx, authz.RequestInput{Type: req.Type}); err != nil {
+			return err
+		}
+		*act = func() { s.agent = true }
+	case typeX11Request:
+		x, single, err := parseX11(req.Payload)
+		if err != nil {
+			return err
+		}
+		rec.Name, rec.Value = x.Protocol, fmt.Sprintf("screen %d", x.Screen) // the cookie is a secret
+		if single {
+			rec.Value += ", single connection"
+		}
+		if s.started || s.x11 != nil {
+			return errors.New("out of order")
+		}
+		if err := s.c.permitted(s.ctx, authz.RequestInput{Type: req.Type}); err != nil {
+			return err
+		}
+		*act = func() { s.x11, s.x11Single = x, single }
 	default:
 		return errUnknown
 	}
@@ -229,7 +257,7 @@ func (s *session) mayCopy(command string) error {
 	if !ok {
 		return nil
 	}
-	rules, err := readTransferRules(s.permit().Transfer)
+	rules, err := readTransferRules(s.c.permit().Transfer)
 	if err != nil {
 		return &UserError{Text: "the profile's rules on transfers are wrong: tell an operator", Err: err}
 	}
@@ -239,43 +267,12 @@ func (s *session) mayCopy(command string) error {
 	return nil
 }
 
-// permit is what the session may do now.
-func (s *session) permit() authz.Permit {
-	s.c.mu.Lock()
-	defer s.c.mu.Unlock()
-	return s.c.decision.Permit
-}
-
-// permitted asks policy about one request.
-func (s *session) permitted(in authz.RequestInput) error {
-	s.c.mu.Lock()
-	d := s.c.decision
-	in.User = s.c.login.User
-	s.c.mu.Unlock()
-	in.Ticket, in.Profile, in.Permit = d.Ticket, d.Profile, d.Permit
-	ctx, cancel := context.WithTimeout(s.ctx, policyTimeout)
-	defer cancel()
-	v, err := s.c.s.Policy.Request(ctx, in)
-	if err != nil {
-		s.c.s.Slog.Error("policy: request", "connection", s.c.id, "error", err)
-		return &UserError{Text: "policy gave no decision", Err: err}
-	}
-	if !v.Allow {
-		reason := v.Reason
-		if reason == "" {
-			reason = in.Type + " is not permitted"
-		}
-		return &UserError{Text: authz.Printable(reason, 300)}
-	}
-	return nil
-}
-
 // program checks a request for the channel's one program.
 func (s *session) program(in authz.RequestInput, p backends.Process, act *func()) error {
 	if s.started {
 		return errors.New("the channel has a program already")
 	}
-	if err := s.permitted(in); err != nil {
+	if err := s.c.permitted(s.ctx, in); err != nil {
 		return err
 	}
 	*act = func() {
@@ -301,7 +298,7 @@ func (s *session) run(p backends.Process) {
 	p.Channel, p.Resize, p.Signals = s.id, s.resize, s.signals
 	p.Env = append(s.variables(), s.env...)
 	for i := range s.keeps {
-		s.keeps[i] = newKeep(s, auditlog.Stream(i), dataLimit(s.permit()))
+		s.keeps[i] = newKeep(s.c, s.id, auditlog.Stream(i), dataLimit(s.c.permit()))
 	}
 	out := &outlet{s: s, n: &s.out, keep: s.keeps[auditlog.Output], w: s.ch}
 	p.Stdout = out
@@ -319,6 +316,10 @@ func (s *session) run(p backends.Process) {
 	} else {
 		p.Stderr = &outlet{s: s, n: &s.err, keep: s.keeps[auditlog.Error], w: s.ch.Stderr()}
 		p.Stdin = &inlet{s: s}
+	}
+	if s.agent || s.x11 != nil {
+		stop := s.sessionForwards(&p)
+		defer stop()
 	}
 	files, err := newRelay(s, p)
 	if err != nil {

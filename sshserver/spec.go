@@ -11,6 +11,9 @@ import (
 	"github.com/sallyport/sallyport/backends"
 )
 
+// forwardFull is the permit.forward_content that keeps what is forwarded.
+const forwardFull = "full"
+
 // defaultID is the user and group of a profile that names none.
 const defaultID = 1000
 
@@ -60,6 +63,11 @@ func specOf(gate, session, user string, d authz.Login) (backends.Spec, error) {
 	case "", inputNoPasswords, inputAll, inputNone:
 	default:
 		return backends.Spec{}, fmt.Errorf("profile %s: permit.input: %q is none of no-passwords, all, none", d.Profile, d.Permit.Input)
+	}
+	switch d.Permit.ForwardContent {
+	case "", "none", forwardFull:
+	default:
+		return backends.Spec{}, fmt.Errorf("profile %s: permit.forward_content: %q is none of none, full", d.Profile, d.Permit.ForwardContent)
 	}
 	if _, err := readTransferRules(d.Permit.Transfer); err != nil {
 		return backends.Spec{}, fmt.Errorf("profile %s: permit.transfer.%w", d.Profile, err)

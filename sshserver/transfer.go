@@ -204,7 +204,7 @@ func newRelay(s *session, p backends.Process) (*relay, error) {
 	if p.Kind != backends.KindSFTP && !isSCP || p.Terminal != nil {
 		return nil, nil
 	}
-	permit := s.permit()
+	permit := s.c.permit()
 	rules, err := readTransferRules(permit.Transfer)
 	if err != nil {
 		return nil, err
@@ -471,7 +471,8 @@ func (k *contentKept) take(sum [sha256.Size]byte, n, limit uint64) (known, room 
 // keep is what is recorded of one of a channel's streams as data: all of it, or as much as the profile says and the rest
 // as a number and a hash.
 type keep struct {
-	s      *session
+	c      *conn
+	id     uint32 // the channel
 	stream auditlog.Stream
 	limit  uint64 // 0: none
 
@@ -482,8 +483,8 @@ type keep struct {
 	ended bool
 }
 
-func newKeep(s *session, stream auditlog.Stream, limit uint64) *keep {
-	k := &keep{s: s, stream: stream, limit: limit}
+func newKeep(c *conn, id uint32, stream auditlog.Stream, limit uint64) *keep {
+	k := &keep{c: c, id: id, stream: stream, limit: limit}
 	if limit > 0 {
 		k.hash = sha256.New()
 	}
@@ -492,11 +493,11 @@ func newKeep(s *session, stream auditlog.Stream, limit uint64) *keep {
 
 // record records bytes before they pass. An error means that they must not.
 func (k *keep) record(p []byte) error {
-	if k.s.c.s.NoData || len(p) == 0 {
+	if k.c.s.NoData || len(p) == 0 {
 		return nil
 	}
 	if k.limit == 0 {
-		return k.s.c.record(k.s.id, &auditlog.Data{Stream: k.stream, Data: p})
+		return k.c.record(k.id, &auditlog.Data{Stream: k.stream, Data: p})
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -507,21 +508,21 @@ func (k *keep) record(p []byte) error {
 	room := k.limit - min(k.limit, k.n)
 	k.n += uint64(len(p))
 	if part := p[:min(uint64(len(p)), room)]; len(part) > 0 {
-		if err := k.s.c.record(k.s.id, &auditlog.Data{Stream: k.stream, Data: part}); err != nil {
+		if err := k.c.record(k.id, &auditlog.Data{Stream: k.stream, Data: part}); err != nil {
 			return err
 		}
 	}
 	if k.n > k.limit && !k.over {
 		k.over = true
-		return k.s.c.record(k.s.id, &auditlog.DataRest{Stream: k.stream, Offset: k.limit})
+		return k.c.record(k.id, &auditlog.DataRest{Stream: k.stream, Offset: k.limit})
 	}
 	return nil
 }
 
 // eof records the stream's end.
 func (k *keep) eof() {
-	if !k.s.c.s.NoData {
-		k.s.c.record(k.s.id, &auditlog.Data{Stream: k.stream, EOF: true})
+	if !k.c.s.NoData {
+		k.c.record(k.id, &auditlog.Data{Stream: k.stream, EOF: true})
 	}
 }
 
@@ -531,7 +532,7 @@ func (k *keep) end() {
 	defer k.mu.Unlock()
 	k.ended = true
 	if k.over {
-		k.s.c.record(k.s.id, &auditlog.DataRest{Stream: k.stream, Offset: k.limit, End: true, Bytes: k.n, SHA256: k.hash.Sum(nil)})
+		k.c.record(k.id, &auditlog.DataRest{Stream: k.stream, Offset: k.limit, End: true, Bytes: k.n, SHA256: k.hash.Sum(nil)})
 	}
 }
 

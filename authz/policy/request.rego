@@ -1,5 +1,5 @@
-# request: may one request on a channel be served? input.permit is what the login admitted; what it doesn't name is
-# refused.
+# request: may one request be served, or one channel opened? input.permit is what the login admitted; what it doesn't
+# name is refused. forward.rego has the rules on forwarding.
 #
 # input: schema/request-input.json. Result: schema/request-result.json.
 package sallyport
@@ -51,4 +51,6 @@ name_fits(pattern, name) if {
 
 what := sprintf("%s %s", [input.type, input.name]) if {
 	input.type in {"subsystem", "env"}
+} else := text if {
+	text := forwarding
 } else := input.type

@@ -43,7 +43,8 @@ test_env if {
 }
 
 test_unknown_type if {
-	not asked({"shell": true, "exec": true, "sftp": true, "env": ["*"]}, {"type": "x11-req"}).allow
+	permit := {"shell": true, "exec": true, "sftp": true, "env": ["*"], "forward": ["*:*"], "listen": ["*:*"], "agent": true, "x11": true}
+	not asked(permit, {"type": "tun@openssh.com"}).allow
 }
 
 test_no_question_is_a_refusal if {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -43,7 +44,11 @@ type sandbox struct {
 	endOnce sync.Once // closes ended: Close was called
 }
 
-var _ backends.Sandbox = (*sandbox)(nil)
+var (
+	_ backends.Sandbox  = (*sandbox)(nil)
+	_ backends.Dialer   = (*sandbox)(nil)
+	_ backends.Listener = (*sandbox)(nil)
+)
 
 // Start implements backends.Backend.
 func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox, error) {
@@ -272,6 +277,18 @@ func (s *sandbox) Err() error {
 
 func (s *sandbox) Exec(ctx context.Context, p backends.Process) (backends.ExitStatus, error) {
 	return s.client.Exec(ctx, p)
+}
+
+func (s *sandbox) Resolve(ctx context.Context, host string) ([]netip.Addr, error) {
+	return s.client.Resolve(ctx, host)
+}
+
+func (s *sandbox) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return s.client.DialContext(ctx, network, address)
+}
+
+func (s *sandbox) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	return s.client.Listen(ctx, network, address)
 }
 
 // deathWait is how long the engine's word about a death is waited for.
