@@ -20,8 +20,10 @@ import (
 const regressDir = "/usr/lib/openssh/regress"
 
 // regressEdit changes a script of the suite: from a line that begins with from (blanks aside) until one that begins with
-// until, which stays, all lines give way to text. An empty until means that line alone.
+// until, which stays, all lines give way to text. An empty until means that line alone, theEnd the rest.
 type regressEdit struct{ from, until, text string }
+
+const theEnd = "\x00"
 
 // regressScripts are the scripts that run, and what of them is left out because the gate is no sshd: docs/clients.md has
 // the reasons.
@@ -51,6 +53,28 @@ var regressScripts = []struct {
 		{"for s in 5 10; do", "", "for s in 5; do"},
 		{`verbose "client rekeylimit default ${s} no data"`, "rm -f ${COPY} ${LOG}", ""},
 		{"for s in 16 1k 128k 256k; do\n\tverbose \"server", "rm -f ${COPY} ${DATA}", ""},
+	}},
+	{"multiplex", []regressEdit{
+		{"P=3301", "", "P=3399"}, // forwarding uses the other
+		// The test's own listeners, in reach of the sandbox.
+		{"${SSH} -Nn2 -MS$CTL", "", "\t${SSH} -Nn2 -MS$CTL -R $PORT:127.0.0.1:$PORT -R $(($PORT+1)):127.0.0.1:$(($PORT+1)) " +
+			"-F $OBJ/ssh_config -oSendEnv=\"_XXX_TEST\" somehost \\"},
+		{"for s in 0 1 4 5 44; do", "", "for s in 0 44; do"}, // exit-status has them all
+		{`verbose "test $tid: cmd forward remote (TCP)"`, `verbose "test $tid: cmd forward local (UNIX)"`, ""},
+		// What a server says to who speaks no SSH is sshd's own; ours introduces itself.
+		{"echo \"\" | $NC -U", `|| fail "connect to local`, `echo "" | $NC -N -U $OBJ/unix-1.fwd | grep -q SSH-2.0 \\`},
+		{"echo \"\" | $NC -U", `|| fail "connect to remote`, `echo "" | $NC -N -U $OBJ/unix-1.fwd | grep -q SSH-2.0 \\`},
+	}},
+	{"forwarding", []regressEdit{
+		{"DATA=/bin/ls", "", ""}, // the sandbox has another
+		// From here on the server's side of a forward must be the client's machine.
+		{`trace "stdio forwarding"`, theEnd, ""},
+	}},
+	{"dynamic-forward", []regressEdit{
+		{"FWDPORT=", "", "FWDPORT=`expr $PORT + 3`"}, // multiplex uses the other
+		// -D: the gate, in reach of the sandbox. -R: the proxy in the sandbox, in reach of the test.
+		{"-$direction $FWDPORT", "", "\t    -$direction $FWDPORT -oExitOnForwardFailure=yes \\\n\t    `case $direction in " +
+			"D) echo -R $PORT:127.0.0.1:$PORT ;; R) echo -L $FWDPORT:127.0.0.1:$FWDPORT ;; esac` \\"},
 	}},
 }
 
@@ -134,6 +158,9 @@ func TestOpenSSHRegress(t *testing.T) {
 		permit := map[string]any{"shell": true, "exec": true, "sftp": true, "env": []string{"_XXX_TEST", "_XXX_TEST_*"}}
 		if transfer != nil {
 			permit["transfer"] = transfer
+		} else {
+			permit["forward"] = []string{"*:*", "unix:" + obj + "/**"}
+			permit["listen"] = []string{"localhost:*", "unix:" + obj + "/**"}
 		}
 		check(writeJSON(filepath.Join(gate, "data/profiles", name+".json"), map[string]any{
 			"image": image(), "pull_policy": "never", "memory": "1Gi", "pids": 512, "user": u.Uid + ":" + u.Gid,
@@ -215,7 +242,7 @@ func (e regressEdit) apply(text []byte) ([]byte, error) {
 		for e.until != "" && end < len(lines) && !strings.HasPrefix(strings.TrimLeft(lines[end], " \t"), e.until) {
 			end++
 		}
-		if end == len(lines) && e.until != "" {
+		if end == len(lines) && e.until != "" && e.until != theEnd {
 			return nil, fmt.Errorf("no line %q", e.until)
 		}
 		t := e.text
