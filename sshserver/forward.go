@@ -7,10 +7,12 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -24,7 +26,6 @@ const (
 	resolveTime = 10 * time.Second // for a name's addresses
 	dialTime    = 10 * time.Second // for a connection to one address
 	listenTime  = 10 * time.Second // for a listener
-	offerTime   = 30 * time.Second // for a client to take a connection that was made inside
 	lingerTime  = 30 * time.Second // for the sandbox to take what a client sent before it closed the channel
 	cutTime     = time.Second      // for the two directions to stop, once a connection is cut off
 
@@ -33,6 +34,9 @@ const (
 	firstDisplay = 10 // of X11, as sshd's X11DisplayOffset
 	displays     = 64 // that are tried
 )
+
+// offerTime is how long a client may take to take a connection that was made inside. Tests change it.
+var offerTime = 30 * time.Second
 
 // Results of an auditlog.Forward.
 const (
@@ -253,7 +257,20 @@ func (f *forward) dial(attempts []attempt) (net.Conn, ssh.RejectionReason, error
 			return nil, ssh.Prohibited, context.Cause(f.ctx)
 		}
 	}
-	return nil, ssh.ConnectionFailed, &UserError{Text: "the connection to " + f.rec.Target + " failed", Err: err}
+	return nil, ssh.ConnectionFailed, &UserError{Text: "the connection to " + f.rec.Target + " " + dialFailure(err), Err: err}
+}
+
+// dialFailure says in a client's words why there is no connection.
+func dialFailure(err error) string {
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "was refused there"
+	case errors.Is(err, syscall.EHOSTUNREACH):
+		return "failed: there is no way to it from the sandbox's network"
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		return "failed: no answer"
+	}
+	return "failed"
 }
 
 // inbound serves a connection that was made inside, to what is forwarded to the client.
@@ -281,7 +298,7 @@ func (f *forward) inbound(l *listener, inside net.Conn) {
 	})
 	timer := time.NewTimer(offerTime)
 	defer timer.Stop()
-	why := errors.New("the client did not answer")
+	result, why := resultFailed, errors.New("the client did not answer")
 	select {
 	case a := <-answered:
 		if a.err != nil {
@@ -292,10 +309,10 @@ func (f *forward) inbound(l *listener, inside net.Conn) {
 		return
 	case <-timer.C:
 	case <-f.ctx.Done():
-		why = context.Cause(f.ctx)
+		result, why = resultCut, context.Cause(f.ctx)
 	}
 	inside.Close()
-	f.end(resultFailed, why)
+	f.end(result, why)
 	// Its place stays taken until the client says something.
 	if a := <-answered; a.err == nil {
 		a.ch.Close()
@@ -827,9 +844,8 @@ func (s *session) listenForX11() (l *listener, err error) {
 			s.x11.Display = display
 			return l, nil
 		}
-		var refused *UserError
-		if errors.As(err, &refused) {
-			return nil, err // another display would fare no better
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, err
 		}
 	}
 	return nil, &UserError{Text: "there is no free display", Err: err}
