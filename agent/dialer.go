@@ -23,8 +23,11 @@ var (
 	_ backends.Listener = (*Client)(nil)
 )
 
-// unlistenLimit bounds the wait for an agent to have ended a listener.
-const unlistenLimit = 5 * time.Second
+// acceptLimit bounds the wait for an agent to hand a connection over, unlistenLimit for it to have ended a listener.
+const (
+	acceptLimit   = 5 * time.Second
+	unlistenLimit = 5 * time.Second
+)
 
 var (
 	errNoHost  = errors.New("no such host")
@@ -314,7 +317,7 @@ func (l *remoteListener) takeArrivals() {
 
 func (l *remoteListener) Addr() net.Addr { return l.addr }
 
-// Accept opens a stream to the next connection. One that did not wait long enough gives an error to its first Read.
+// Accept passes over connections that are gone.
 func (l *remoteListener) Accept() (net.Conn, error) {
 	for {
 		select {
@@ -325,14 +328,19 @@ func (l *remoteListener) Accept() (net.Conn, error) {
 		select {
 		case <-l.ended:
 		case a := <-l.arrivals:
-			stream, err := l.client.openStream(context.Background(), opening{
-				Op: opAccept, Forward: forward{Listener: l.number, Arrival: a.number},
-			})
-			if err == nil {
+			if stream, err := l.take(a); err == nil {
 				return gateTunnel(stream, l.addr, a.remote), nil
 			}
 		}
 	}
+}
+
+// take has the agent hand a connection over.
+func (l *remoteListener) take(a arrived) (*yamux.Stream, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), acceptLimit)
+	defer cancel()
+	stream, _, err := l.client.ask(ctx, opening{Op: opAccept, Forward: forward{Listener: l.number, Arrival: a.number}})
+	return stream, err
 }
 
 // err says why there is nothing more to accept.

@@ -18,21 +18,25 @@ import (
 )
 
 const (
-	// resolveLimit bounds the answer to a name, dialLimit a connection's coming about, and takeLimit how long one that came
-	// to a listener waits for the gate to take it.
+	// resolveLimit bounds the answer to a name, bindLimit a listener's making.
 	resolveLimit = 10 * time.Second
-	dialLimit    = 15 * time.Second
-	takeLimit    = 30 * time.Second
+	bindLimit    = 10 * time.Second
 
 	// maxLookups bounds the names and paths looked up at once: each may hold a thread.
 	maxLookups = 8
 
 	// maxHost is the longest name that is looked up.
 	maxHost = 255
-
-	// probeEvery is how often a connection that takes no bytes is looked after: the gate may have hung up.
-	probeEvery = 5 * time.Second
 )
+
+// forwardLimits are how long forwarding waits.
+type forwardLimits struct {
+	dial  time.Duration // for a connection to come about
+	take  time.Duration // for the gate to take one that came to a listener
+	probe time.Duration // between looks after one that takes no bytes: the gate may have hung up
+}
+
+var normalLimits = forwardLimits{dial: 15 * time.Second, take: 30 * time.Second, probe: 5 * time.Second}
 
 var (
 	errAddress     = errors.New("not an IP address and a port")
@@ -160,7 +164,7 @@ func (s *server) serveDial(stream *yamux.Stream, f forward) {
 		writeMessage(stream, response{Failed: failureOf(errMany)})
 		return
 	}
-	ctx, present := attend(stream, dialLimit)
+	ctx, present := attend(stream, s.limits.dial)
 	conn, err := s.dial(ctx, f.Network, f.Address)
 	here := present()
 	if err != nil {
@@ -171,7 +175,7 @@ func (s *server) serveDial(stream *yamux.Stream, f forward) {
 	}
 	defer conn.Close()
 	if here && writeMessage(stream, response{}) == nil {
-		t.carry(conn)
+		t.carry(conn, s.limits.probe)
 	}
 }
 
@@ -214,13 +218,13 @@ func parseTarget(address string) (netip.AddrPort, error) {
 }
 
 // carry carries a connection to its end: both directions have ended, it was cut off, or the gate has hung up.
-func (t *tunnel) carry(conn backends.HalfCloser) {
+func (t *tunnel) carry(conn backends.HalfCloser, probe time.Duration) {
 	ended := make(chan struct{}) // closed when the gate's direction has ended
 	var inwards sync.WaitGroup
 	inwards.Go(func() {
-		t.takeIn(conn, sync.OnceFunc(func() { close(ended) }))
-		conn.Close()
+		t.takeIn(conn, probe, sync.OnceFunc(func() { close(ended) }))
 		t.Close()
+		conn.Close()
 	})
 	if t.sendOut(conn) {
 		<-ended
@@ -231,7 +235,7 @@ func (t *tunnel) carry(conn backends.HalfCloser) {
 }
 
 // takeIn hands what the gate sends to conn, and calls ended when there is no more. It returns when the gate has hung up.
-func (t *tunnel) takeIn(conn backends.HalfCloser, ended func()) {
+func (t *tunnel) takeIn(conn backends.HalfCloser, probe time.Duration, ended func()) {
 	defer ended()
 	var large *[]byte
 	defer func() { putTunnelBuffer(large) }()
@@ -240,7 +244,7 @@ func (t *tunnel) takeIn(conn backends.HalfCloser, ended func()) {
 	for {
 		n, err := t.Read(b)
 		if n > 0 && open {
-			if werr := t.hand(conn, b[:n]); werr != nil {
+			if werr := t.hand(conn, b[:n], probe); werr != nil {
 				// Nobody reads it any more. What else comes is lost, as in a pipe, so that the gate is not held up.
 				open = false
 				ended()
@@ -259,9 +263,9 @@ func (t *tunnel) takeIn(conn backends.HalfCloser, ended func()) {
 }
 
 // hand writes b to conn. While conn takes nothing it looks whether the gate is still there.
-func (t *tunnel) hand(conn backends.HalfCloser, b []byte) error {
+func (t *tunnel) hand(conn backends.HalfCloser, b []byte, probe time.Duration) error {
 	for {
-		conn.SetWriteDeadline(time.Now().Add(probeEvery))
+		conn.SetWriteDeadline(time.Now().Add(probe))
 		n, err := conn.Write(b)
 		if b = b[n:]; err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
@@ -391,7 +395,7 @@ func (s *server) listenInside(f forward) (*listening, string, error) {
 
 // bind makes the socket of l.
 func (s *server) bind(l *listening, network, address string) (addr string, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), dialLimit)
+	ctx, cancel := context.WithTimeout(context.Background(), bindLimit)
 	defer cancel()
 	var c net.ListenConfig
 	c.SetMultipathTCP(false)
@@ -509,7 +513,7 @@ func (s *server) hold(l *listening, conn net.Conn) (uint64, bool) {
 	l.last++
 	number := l.last
 	w := &waitingConn{HalfCloser: conn.(backends.HalfCloser), release: func() { <-s.connections }}
-	w.timer = time.AfterFunc(takeLimit, func() {
+	w.timer = time.AfterFunc(s.limits.take, func() {
 		if w := l.take(number); w != nil {
 			w.drop()
 		}
@@ -534,12 +538,17 @@ func (s *server) serveAccept(stream *yamux.Stream, f forward) {
 	s.mu.Lock()
 	l := s.listeners[f.Listener]
 	s.mu.Unlock()
-	if l == nil {
+	var w *waitingConn
+	if l != nil {
+		w = l.take(f.Arrival)
+	}
+	if w == nil {
+		writeMessage(stream, response{Failed: failureOf(net.ErrClosed)})
 		return
 	}
-	if w := l.take(f.Arrival); w != nil {
-		defer w.drop()
-		w.timer.Stop()
-		t.carry(w.HalfCloser)
+	defer w.drop()
+	w.timer.Stop()
+	if writeMessage(stream, response{}) == nil {
+		t.carry(w.HalfCloser, s.limits.probe)
 	}
 }

@@ -52,7 +52,10 @@ func newTunnel(s *yamux.Stream) *tunnel { return &tunnel{stream: s} }
 func (t *tunnel) Read(p []byte) (int, error) {
 	t.reading.Lock()
 	defer t.reading.Unlock()
-	if t.ended != nil {
+	switch {
+	case t.closed.Load():
+		return 0, net.ErrClosed
+	case t.ended != nil:
 		return 0, t.ended
 	}
 	for t.left == 0 {

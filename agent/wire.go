@@ -96,7 +96,7 @@ type forward struct {
 	Arrival  uint64 `cbor:"4,keyasint,omitempty"` // for opAccept: see arrival
 }
 
-// response is the agent's answer to opResolve, opDial and opListen.
+// response is the agent's answer to opResolve, opDial, opListen and opAccept.
 type response struct {
 	Failed    *failure `cbor:"1,keyasint,omitempty"`
 	Addresses [][]byte `cbor:"2,keyasint,omitempty"` // to opResolve, 4 or 16 bytes each
@@ -312,6 +312,9 @@ func (f *frames) feed(b []byte, emit func(kind byte, p []byte) error) error {
 // inFrame says whether a frame has begun and not ended.
 func (f *frames) inFrame() bool { return f.have > 0 || f.left > 0 }
 
+// streamCloseLimit is how long a stream of which one side is closed waits for the other side. It is a variable for tests.
+var streamCloseLimit = time.Minute
+
 // muxConfig is for an end that takes as much as window of each stream before it is read.
 func muxConfig(window uint32) *yamux.Config {
 	c := yamux.DefaultConfig()
@@ -319,7 +322,7 @@ func muxConfig(window uint32) *yamux.Config {
 	c.EnableKeepAlive = false        // the control stream's heartbeat is seen to be answered by the agent's own code
 	c.MaxStreamWindowSize = window
 	c.StreamOpenTimeout = 0 // its expiry closes the whole session
-	c.StreamCloseTimeout = time.Minute
+	c.StreamCloseTimeout = streamCloseLimit
 	c.ConnectionWriteTimeout = 2 * normalPace.missed // the heartbeat decides who is dead, and does it earlier
 	c.LogOutput = io.Discard
 	return c

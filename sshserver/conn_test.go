@@ -32,6 +32,9 @@ import (
 
 func TestMain(m *testing.M) {
 	agent.RunChild()
+	if config := os.Getenv(stalledClientEnv); config != "" {
+		os.Exit(stalledClient(config))
+	}
 	goleak.VerifyTestMain(m)
 }
 

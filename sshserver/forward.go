@@ -25,6 +25,7 @@ import (
 const (
 	resolveTime = 10 * time.Second // for a name's addresses
 	dialTime    = 10 * time.Second // for a connection to one address
+	dialAll     = 30 * time.Second // to all of them
 	listenTime  = 10 * time.Second // for a listener
 	lingerTime  = 30 * time.Second // for the sandbox to take what a client sent before it closed the channel
 	cutTime     = time.Second      // for the two directions to stop, once a connection is cut off
@@ -234,6 +235,8 @@ func (f *forward) dial(attempts []attempt) (net.Conn, ssh.RejectionReason, error
 	if err != nil {
 		return nil, ssh.ConnectionFailed, err
 	}
+	all, stop := context.WithTimeout(f.ctx, dialAll)
+	defer stop()
 	for _, a := range attempts {
 		// A change of policy since it was admitted finds the question here, or the answer is by the new one.
 		f.c.mu.Lock()
@@ -243,7 +246,7 @@ func (f *forward) dial(attempts []attempt) (net.Conn, ssh.RejectionReason, error
 			return nil, ssh.Prohibited, err
 		}
 		f.rec.Address = authz.Printable(a.address, maxSocketPath)
-		ctx, cancel := context.WithTimeout(f.ctx, dialTime)
+		ctx, cancel := context.WithTimeout(all, dialTime)
 		var inside net.Conn
 		inside, err = dialer.DialContext(ctx, a.network, a.address)
 		cancel()
@@ -255,6 +258,9 @@ func (f *forward) dial(attempts []attempt) (net.Conn, ssh.RejectionReason, error
 		}
 		if f.ctx.Err() != nil {
 			return nil, ssh.Prohibited, context.Cause(f.ctx)
+		}
+		if all.Err() != nil {
+			break
 		}
 	}
 	return nil, ssh.ConnectionFailed, &UserError{Text: "the connection to " + f.rec.Target + " " + dialFailure(err), Err: err}

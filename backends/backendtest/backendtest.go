@@ -31,6 +31,8 @@ type Subject struct {
 	Spec func() backends.Spec
 	// Kill ends a sandbox from outside, as an operator or the kernel would.
 	Kill func(backends.Sandbox) error
+	// Own is a directory of the agent's own, as seen inside; empty: there is none.
+	Own string
 }
 
 // limit is how long anything in a test may take.
@@ -75,10 +77,15 @@ func Run(t *testing.T, s Subject) {
 		for _, test := range tests {
 			t.Run(test.name, func(t *testing.T) { test.run(t, sandbox) })
 		}
+		t.Run("Forward", func(t *testing.T) { forwarding(t, sandbox, s) })
 		t.Run("NothingRuns", func(t *testing.T) { nothingRuns(t, sandbox) })
 	})
 	t.Run("Close", func(t *testing.T) { closing(t, s) })
 	t.Run("Death", func(t *testing.T) { death(t, s) })
+	t.Run("ForwardClose", func(t *testing.T) {
+		forwardEnd(t, s, func(sandbox backends.Sandbox) error { return sandbox.Close(withLimit(t)) })
+	})
+	t.Run("ForwardDeath", func(t *testing.T) { forwardEnd(t, s, s.Kill) })
 	t.Run("StartCancelled", func(t *testing.T) { startCancelled(t, s) })
 	t.Run("StartedAtOnce", func(t *testing.T) { startedAtOnce(t, s) })
 }

@@ -324,6 +324,7 @@ func TestContract(t *testing.T) {
 	backendtest.Run(t, backendtest.Subject{
 		Backend: b,
 		Spec:    func() backends.Spec { return newSpec(busyboxImage) },
+		Own:     insideDir,
 		Kill: func(s backends.Sandbox) error {
 			return fixture.engine.ContainerKill(context.Background(), s.ID(), "KILL")
 		},

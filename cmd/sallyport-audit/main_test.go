@@ -283,3 +283,57 @@ func TestTerminalText(t *testing.T) {
 		}
 	}
 }
+
+// Forwards are told with their targets, addresses and bytes; what they hold of others' text is cleaned.
+func TestShowForwards(t *testing.T) {
+	dir := t.TempDir()
+	at := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	writeLog(t, dir, func(l *auditlog.Log) {
+		session(t, l, "forwards", map[uint32][]auditlog.Body{
+			0: {
+				&auditlog.Request{Type: "tcpip-forward", Name: "localhost:0", Value: "127.0.0.1:40000", OK: true},
+				&auditlog.Forward{Type: "tcpip-forward", Target: "localhost:0", Address: "127.0.0.1:40000", Connections: 3, Result: "ended", Detail: "the client cancelled it"},
+			},
+			1: {
+				&auditlog.ChannelOpen{Type: "direct-tcpip", Target: "db.payments:5432", Originator: "127.0.0.1:4711", Addresses: []string{"10.0.0.7"}},
+				&auditlog.Forward{Type: "direct-tcpip", Target: "db.payments:5432", Address: "10.0.0.7:5432", Originator: "127.0.0.1:4711",
+					Input: 12, Output: 34, First: at, Last: at.Add(time.Minute), Result: "ended"},
+				&auditlog.ChannelClose{Input: 12, Output: 34},
+			},
+			2: {&auditlog.ChannelOpen{Type: "direct-tcpip", Target: "vault" + hostile + ":80", Error: "forwarding to vault is not permitted by profile debug"}},
+			3: {
+				&auditlog.ChannelOpen{Type: "auth-agent@openssh.com", Target: "/tmp/agent/s", Session: 4},
+				&auditlog.Forward{Type: "auth-agent@openssh.com", Address: "/tmp/agent/s", Result: "cut-off", Detail: "policy has changed" + hostile},
+			},
+			4: {
+				&auditlog.ChannelOpen{Type: "session"},
+				&auditlog.Forward{Type: "auth-agent-req@openssh.com", Address: "/tmp/agent/s", Connections: 1, Result: "ended"},
+			},
+		})
+	})
+	out, _, code := audit(t, "--store", dir, "--utc", "show", "forwards")
+	if code != 0 {
+		t.Fatalf("code %d", code)
+	}
+	for _, want := range []string{
+		"request    tcpip-forward, localhost:0, at 127.0.0.1:40000\n",
+		"forward    tcpip-forward, 127.0.0.1:40000, 3 connections, ended, the client cancelled it\n",
+		" to db.payments:5432 from 127.0.0.1:4711\n",
+		"forward    10.0.0.7:5432, 12 B in, 34 B out, bytes from 2026-03-01 12:00:00Z to 2026-03-01 12:01:00Z, ended\n",
+		" refused: forwarding to vault is not permitted by profile debug\n",
+		" for channel 4 to /tmp/agent/s\n",
+		"forward    /tmp/agent/s, 0 B in, 0 B out, cut-off, policy has changed",
+		"forward    auth-agent-req@openssh.com, /tmp/agent/s, 1 connections, ended\n",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	if strings.ContainsAny(out, "\x1b\u009b\u202e\x07\x00\r") {
+		t.Errorf("not cleaned: %q", out)
+	}
+	out, _, _ = audit(t, "--store", dir, "cat", "forwards")
+	if !strings.Contains(out, `"kind":"forward","body":{"type":"direct-tcpip","target":"db.payments:5432","address":"10.0.0.7:5432","originator":"127.0.0.1:4711","input":12,"output":34,"first":"2026-03-01T12:00:00Z"`) {
+		t.Errorf("cat: %s", out)
+	}
+}

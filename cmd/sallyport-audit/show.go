@@ -245,7 +245,9 @@ func (t *tool) tellEvent(w *textWriter, rec auditlog.Record) {
 		}
 		w.field("sandbox", b.Backend, b.ID, labelled("image", b.Image), b.Digest, labelled("on", b.Node), took, labelled("exec audit", b.ExecAudit), labelled("failed:", b.Error))
 	case *auditlog.Request:
-		w.field("request", b.Type, b.Name, answer(b.OK), b.Reason)
+		w.field("request", b.Type, b.Name, labelled("at", b.Value), answer(b.OK), b.Reason)
+	case *auditlog.Forward:
+		t.tellForward(w, b)
 	case *auditlog.Alert:
 		w.field("ALERT", b.Name, b.Detail)
 	case *auditlog.End:
@@ -270,6 +272,15 @@ func (t *tool) tellChannel(w *textWriter, c *channel) {
 	head := fmt.Sprintf("channel %d", c.number)
 	if b, ok := c.opened.Body.(*auditlog.ChannelOpen); ok {
 		head += " " + clean(b.Type) + " at " + t.time(c.opened.Time)
+		if b.Session > 0 {
+			head += fmt.Sprintf(" for channel %d", b.Session)
+		}
+		if b.Target != "" {
+			head += " to " + clean(b.Target)
+		}
+		if b.Originator != "" {
+			head += " from " + clean(b.Originator)
+		}
 		if b.Error != "" {
 			head += " refused: " + clean(b.Error)
 		}
@@ -302,6 +313,8 @@ func (t *tool) tellChannel(w *textWriter, c *channel) {
 			}
 		case *auditlog.Alert:
 			w.field("ALERT", b.Name, b.Detail)
+		case *auditlog.Forward:
+			t.tellForward(w, b)
 		}
 	}
 	if c.cut > 0 {
@@ -342,6 +355,21 @@ func (t *tool) tellChannel(w *textWriter, c *channel) {
 		w.line("  programs, reported from inside:")
 		c.inside.tell(w, t)
 	}
+}
+
+// tellForward tells what became of a forwarded connection, or of a listener. The gate has seen it.
+func (t *tool) tellForward(w *textWriter, b *auditlog.Forward) {
+	values := []string{b.Address}
+	switch b.Type { // a request's: a listener
+	case "tcpip-forward", "streamlocal-forward@openssh.com", "auth-agent-req@openssh.com", "x11-req":
+		values = append([]string{b.Type}, append(values, fmt.Sprintf("%d connections", b.Connections))...)
+	default:
+		values = append(values, fmt.Sprintf("%s in, %s out", size(b.Input), size(b.Output)))
+		if !b.First.IsZero() {
+			values = append(values, "bytes from "+t.time(b.First)+" to "+t.time(b.Last))
+		}
+	}
+	w.field("forward", append(values, b.Result, b.Detail)...)
 }
 
 func exitText(b *auditlog.Exit) string {

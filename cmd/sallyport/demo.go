@@ -176,6 +176,7 @@ monitor:
 			"permit": map[string]any{
 				"shell": true, "exec": true, "sftp": true,
 				"env": []string{"LANG", "LC_*", "GIT_PROTOCOL", "COLORTERM", "EDITOR"},
+				"forward": []string{"*:*", "unix:/**"}, "listen": []string{"*:*", "unix:/**"}, "agent": true, "x11": true,
 			},
 		},
 		"grants/" + demoUser: map[string]any{demoTicket: map[string]any{
