@@ -75,7 +75,7 @@ func until(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func (s *server) idle() bool { return len(s.connections) == 0 && len(s.lookups) == 0 }
+func (s *server) idle() bool { return len(s.connections)+len(s.lookups)+len(s.paths) == 0 }
 
 // peer is a listener beside the agent, whose connections are given to a function.
 func peer(t *testing.T, serve func(*net.TCPConn)) string {

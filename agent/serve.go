@@ -129,7 +129,8 @@ type server struct {
 
 	own         []string      // directories of the agent's own, which no forwarding leads to
 	connections chan struct{} // holds one of each that is forwarded
-	lookups     chan struct{} // holds one of each name or path that is being looked up
+	lookups     chan struct{} // holds one of each name that is being looked up
+	paths       chan struct{} // holds one of each path that is being looked up
 	limits      forwardLimits
 
 	mu sync.Mutex // guards what follows
@@ -142,7 +143,8 @@ type server struct {
 func newServer(session *yamux.Session, pipes *net.UnixConn, r *reaper, home string) *server {
 	s := &server{
 		session: session, reaper: r, pace: normalPace, env: os.Environ(),
-		connections: make(chan struct{}, maxConnections), lookups: make(chan struct{}, maxLookups), limits: normalLimits,
+		connections: make(chan struct{}, maxConnections), lookups: make(chan struct{}, maxLookups),
+		paths: make(chan struct{}, maxPaths), limits: normalLimits,
 		waiting: make(map[uint64]chan *yamux.Stream), listeners: make(map[uint64]*listening),
 	}
 	if pipes != nil {
