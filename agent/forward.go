@@ -66,6 +66,7 @@ func failureOf(err error) *failure {
 		f.Code = failedInUse
 	case errors.As(err, &unknown) && unknown.IsNotFound || errors.As(err, &none):
 		f.Code = failedNoHost
+	case errno == syscall.EAGAIN: // a unix socket's backlog is full, which Go would take for a time-out
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timed) && timed.Timeout():
 		f.Code = failedTimeout
 	}
@@ -252,7 +253,7 @@ func (t *tunnel) takeIn(conn backends.HalfCloser, probe time.Duration, ended fun
 			}
 		}
 		if err != nil {
-			if errors.Is(err, io.EOF) && !errors.Is(err, backends.ErrGone) {
+			if errors.Is(err, io.EOF) {
 				conn.CloseWrite()
 				ended()
 				t.stream.Read(make([]byte, 1)) // the end of the stream

@@ -23,6 +23,9 @@ const (
 	// endGrace is the time between SIGHUP and the end when the gate is gone.
 	endGrace = 100 * time.Millisecond
 
+	// tidyLimit bounds the removal of what the agent has made in the file system, at the end.
+	tidyLimit = time.Second
+
 	// expiryGrace is how long after the session's deadline the agent waits for the gate to end it.
 	expiryGrace = 30 * time.Second
 )
@@ -79,6 +82,7 @@ func Serve(config Config) error {
 	}
 	err = server.serve(limit)
 	endAll(r, endGrace)
+	server.settle()
 	return err
 }
 
@@ -132,6 +136,8 @@ type server struct {
 	lookups     chan struct{} // holds one of each name that is being looked up
 	paths       chan struct{} // holds one of each path that is being looked up
 	limits      forwardLimits
+
+	serving sync.WaitGroup // what serves a stream
 
 	mu sync.Mutex // guards what follows
 	// waiting holds data streams whose process has not been asked for yet, and channels of processes whose data stream
@@ -235,7 +241,20 @@ func (s *server) accept() error {
 			stream.Close()
 			continue
 		}
-		go s.serveStream(stream, slots)
+		s.serving.Go(func() { s.serveStream(stream, slots) })
+	}
+}
+
+// settle waits for what serves streams to have tidied up, now that the gate and all processes are gone.
+func (s *server) settle() {
+	done := make(chan struct{})
+	go func() {
+		s.serving.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(tidyLimit):
 	}
 }
 
