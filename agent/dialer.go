@@ -290,8 +290,8 @@ type arrived struct {
 
 // takeArrivals hears of connections until the listener ends. It holds no more of them than the agent does.
 func (l *remoteListener) takeArrivals() {
-	defer l.client.listeners.Add(-1)
 	defer close(l.ended)
+	defer l.client.listeners.Add(-1)
 	defer hangUp(l.stream)
 	for {
 		var a arrival

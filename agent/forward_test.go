@@ -75,7 +75,7 @@ func until(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func (s *server) idle() bool { return len(s.connections) == 0 && len(s.lookups) == 0 }
+func (s *server) idle() bool { return len(s.connections)+len(s.lookups)+len(s.paths) == 0 }
 
 // peer is a listener beside the agent, whose connections are given to a function.
 func peer(t *testing.T, serve func(*net.TCPConn)) string {
@@ -430,6 +430,7 @@ func TestFailures(t *testing.T) {
 		"address already":      {syscall.EADDRINUSE, syscall.EADDRINUSE},
 		"no such host":         {&net.DNSError{Err: "x", Name: "secret\n", IsNotFound: true}, errNoHost},
 		"i/o timeout":          {&net.OpError{Op: "dial", Err: context.DeadlineExceeded}, os.ErrDeadlineExceeded},
+		"agent: resource temp": {os.NewSyscallError("connect", syscall.EAGAIN), nil},
 		"agent: permission d":  {fmt.Errorf("x: %w", syscall.EACCES), nil},
 		"agent: some?thing":    {errors.New("some\x1bthing"), nil},
 		"agent: not an IP add": {errAddress, nil},

@@ -227,8 +227,9 @@ func (c *conn) touch() { c.active.Store(time.Now().UnixNano()) }
 
 // serve starts what carries the connection. Everything it starts ends when the connection is closed.
 func (c *conn) serve(channels <-chan ssh.NewChannel, requests <-chan *ssh.Request) {
-	c.spawn(func() { c.globalRequests(requests) })
-	c.spawn(func() { c.newChannels(channels) })
+	inOrder := make(chan turn)
+	c.spawn(func() { c.globalRequests(requests, inOrder) })
+	c.spawn(func() { c.newChannels(channels, inOrder) })
 	c.spawn(c.keepAlive)
 	c.spawn(c.narrowed)
 	c.spawn(func() {
@@ -470,12 +471,21 @@ func (c *conn) keepAlive() {
 }
 
 // globalRequests has the requests that concern the whole connection answered in their order, which the protocol demands
-// (RFC 4254, section 4): one that takes long, as a listener may, delays the answers after it and nothing else.
-func (c *conn) globalRequests(requests <-chan *ssh.Request) {
-	waiting := make(chan *ssh.Request, maxGlobal)
+// (RFC 4254, section 4): one that takes long, as a listener may, delays the answers after it, and the channels that the
+// client opens after it.
+func (c *conn) globalRequests(requests <-chan *ssh.Request, inOrder <-chan turn) {
+	type step struct {
+		req  *ssh.Request
+		done chan struct{}
+	}
+	waiting := make(chan step, maxGlobal)
 	c.spawn(func() {
-		for req := range waiting {
-			c.globalRequest(req)
+		for s := range waiting {
+			if s.req != nil {
+				c.globalRequest(s.req)
+			} else {
+				close(s.done)
+			}
 		}
 	})
 	defer func() {
@@ -483,20 +493,76 @@ func (c *conn) globalRequests(requests <-chan *ssh.Request) {
 		for range requests { // x/crypto's reader waits for a taker, also after the connection is closed
 		}
 	}()
-	for req := range requests {
-		if c.limit.Wait(c.ctx) != nil {
-			return // x/crypto drops what is left when the connection is closed
-		}
-		if req.Type == noMoreSessions { // holds at once, whatever waits before it
-			c.mu.Lock()
-			c.noMoreSessions = true
-			c.mu.Unlock()
+	next := func(s step) bool {
+		if s.req != nil {
+			if c.limit.Wait(c.ctx) != nil {
+				return false // x/crypto drops what is left when the connection is closed
+			}
+			if s.req.Type == noMoreSessions { // holds at once, whatever waits before it
+				c.mu.Lock()
+				c.noMoreSessions = true
+				c.mu.Unlock()
+			}
 		}
 		select {
-		case waiting <- req:
+		case waiting <- s:
+			return true
+		case <-c.ctx.Done():
+			return false
+		}
+	}
+	for {
+		select {
+		case req, ok := <-requests:
+			if !ok || !next(step{req: req}) {
+				return
+			}
+		case t := <-inOrder:
+			// x/crypto hands out a request before it reads the channel's opening.
+			for n := len(requests); n > 0; n-- {
+				req, ok := <-requests
+				if !ok || !next(step{req: req}) {
+					return
+				}
+			}
+			close(t.seen)
+			if !next(step{done: t.done}) {
+				return
+			}
 		case <-c.ctx.Done():
 			return
 		}
+	}
+}
+
+// turn is a channel's place among the global requests: those before it have been seen, and done.
+type turn struct{ seen, done chan struct{} }
+
+// await returns when the global requests before a channel are done, or if they say that there must be no more sessions and
+// it is one; false: the connection ends.
+func (c *conn) await(inOrder chan<- turn, session bool) bool {
+	t := turn{make(chan struct{}), make(chan struct{})}
+	select {
+	case inOrder <- t:
+	case <-c.ctx.Done():
+		return false
+	}
+	select {
+	case <-t.seen:
+	case <-c.ctx.Done():
+		return false
+	}
+	c.mu.Lock()
+	refused := session && c.noMoreSessions
+	c.mu.Unlock()
+	if refused {
+		return true
+	}
+	select {
+	case <-t.done:
+		return true
+	case <-c.ctx.Done():
+		return false
 	}
 }
 
@@ -543,8 +609,9 @@ func (c *conn) globalRequest(req *ssh.Request) {
 	}
 }
 
-// newChannels opens session channels and those that forward, and refuses all others.
-func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
+// newChannels opens session channels and those that forward, and refuses all others. A command after ssh -R may count on
+// the listener: channels and global requests take effect in the order in which they came.
+func (c *conn) newChannels(channels <-chan ssh.NewChannel, inOrder chan<- turn) {
 	defer func() {
 		for range channels { // as in globalRequests
 		}
@@ -554,6 +621,9 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
 			return
 		}
 		kind := nc.ChannelType()
+		if !c.await(inOrder, kind == "session") {
+			return
+		}
 		forwards := kind == typeDirectTCP || kind == typeDirectUnix
 		var f *forward
 		c.mu.Lock()

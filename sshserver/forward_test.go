@@ -1050,3 +1050,43 @@ func FuzzForwardMessages(f *testing.F) {
 		}
 	})
 }
+
+// unhurried is a sandbox whose listeners take their time.
+type unhurried struct{ backends.Backend }
+
+type unhurriedSandbox struct {
+	backends.Sandbox
+	backends.Listener
+}
+
+func (b unhurried) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox, error) {
+	s, err := b.Backend.Start(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	return &unhurriedSandbox{s, s.(backends.Listener)}, nil
+}
+
+func (s *unhurriedSandbox) Listen(ctx context.Context, network, addr string) (net.Listener, error) {
+	time.Sleep(200 * time.Millisecond)
+	return s.Listener.Listen(ctx, network, addr)
+}
+
+// A session that the client opens after it has asked for a listener is opened after that is there.
+func TestListenBeforeSession(t *testing.T) {
+	g := newGate(t, nil)
+	g.server.Backend = unhurried{g.backend}
+	c := g.dial("alice")
+	path := filepath.Join(t.TempDir(), "s")
+	if _, _, err := c.SendRequest(typeListenUnix, false, ssh.Marshal(listenUnixMsg{path})); err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.NewSession()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.Run("test -S " + path); err != nil {
+		t.Errorf("the listener was not there: %v", err)
+	}
+}

@@ -40,6 +40,14 @@ func TestPathPatterns(t *testing.T) {
 		{"/a/**/z", "/a/z", true, true},
 		{"/a/**/z", "/b", false, false},
 		{"/", "/anything", true, true},
+		{"/**", "/", true, true},
+		{"/**/a/**/b", "/a", false, true},
+		{"/**/a/**/b", "/x/a/y/b/z", true, true},
+		{"/**/a/b", "/a/a/b", true, true},
+		{"/a/*", "/a", false, true},
+		{"/a/?", "/a/\xff", true, true},
+		{"/a/*.KEY", "/a/x.key", false, false},
+		{"/**/a/**/a/**/a/**/a/**/a/**/b", strings.Repeat("/a", 256), false, true},
 		{"/a", "/b/../a/x", true, true},
 	} {
 		if got := covers(components(test.pattern), components(test.path)); got != test.covers {

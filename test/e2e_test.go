@@ -85,8 +85,13 @@ func TestScripts(t *testing.T) {
 	if noEngine {
 		t.Skip("no Docker engine answers")
 	}
-	testscript.Run(t, testscript.Params{
-		Dir:   "scripts",
+	testscript.Run(t, params("scripts"))
+}
+
+// params are what the scripts of a directory run with.
+func params(dir string) testscript.Params {
+	return testscript.Params{
+		Dir:   dir,
 		Setup: setUp,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"gate":       cmdGate,
@@ -110,7 +115,7 @@ func TestScripts(t *testing.T) {
 		},
 		Condition:           condition,
 		RequireExplicitExec: true,
-	})
+	}
 }
 
 type state struct {

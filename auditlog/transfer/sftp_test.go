@@ -175,14 +175,12 @@ get big2 LOCAL/again
 			if names < 7 {
 				t.Errorf("ls: %d names:\n%s", names, dump(r.of(List)))
 			}
-			if name == "openssh" {
-				e := r.one(t, Copy, "big2")
-				if !strings.HasSuffix(e.Target.Asked, "copied") || e.Status.Code != StatusOK {
-					t.Errorf("cp: %+v", e)
-				}
-				if e := r.one(t, File, "copied"); e.Written.SHA256 != nil || e.Written.Whole {
-					t.Errorf("a file that was copied into: %+v", e)
-				}
+			copied := r.one(t, Copy, "big2")
+			if !strings.HasSuffix(copied.Target.Asked, "copied") || copied.Status.Code != StatusOK {
+				t.Errorf("cp: %+v", copied)
+			}
+			if e := r.one(t, File, "copied"); e.Written.SHA256 != nil || e.Written.Whole {
+				t.Errorf("a file that was copied into: %+v", e)
 			}
 			for _, p := range []string{"tree/a/b", "tree/c"} {
 				if n := len(r.of(File)); n < 10 {

@@ -79,7 +79,7 @@ func (b *bench) setUpGates(ctx context.Context) error {
 			binary: filepath.Join(demo, "bin", "sallyport"), config: filepath.Join(demo, "bench"+suffix+".yaml"),
 			state: filepath.Join(demo, "state"+suffix), log: filepath.Join(demo, "log"+suffix),
 			monitor: "127.0.0.1:" + monitor,
-			target:  target{name: name, addr: "127.0.0.1:" + port, user: gateUser, data: "/production", tmp: "/tmp"},
+			target:  target{name: name, addr: "127.0.0.1:" + port, user: gateUser, data: "/production", tmp: "."},
 		}
 		g.rest = g.settle
 		g.cpu = func() (time.Duration, error) { return cpuTime(g.process.pid()) }
