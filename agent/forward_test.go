@@ -533,6 +533,45 @@ func TestHostileForwards(t *testing.T) {
 	}
 }
 
+// TestHostileLinger has an agent send on, and leave the stream open, when the gate has closed its side.
+func TestHostileLinger(t *testing.T) {
+	c, a := newFakeAgent(t, normalPace)
+	for range 3 {
+		opened := make(chan *yamux.Stream, 1)
+		go func() {
+			s, err := a.session.AcceptStream()
+			if err != nil {
+				return
+			}
+			var o opening
+			readMessage(s, maxRequest, &o)
+			writeMessage(s, response{})
+			opened <- s
+		}()
+		conn, err := c.DialContext(short(t), "tcp", "192.0.2.1:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		reading := make(chan error, 1)
+		go func() {
+			_, err := conn.Read(make([]byte, 1))
+			reading <- err
+		}()
+		time.Sleep(10 * time.Millisecond)
+		conn.Close()
+		if err := <-reading; !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Read under Close: %v", err)
+		}
+		s := <-opened
+		s.SetWriteDeadline(time.Now().Add(20 * time.Second))
+		if n, err := s.Write(make([]byte, 8*window)); err != nil {
+			t.Errorf("the gate holds what nobody reads: %d, %v", n, err)
+		}
+		s.Close()
+	}
+	until(t, "no stream is left", func() bool { return c.session.NumStreams() == 1 })
+}
+
 // FuzzForwards feeds a client whatever an agent could answer.
 func FuzzForwards(f *testing.F) {
 	var b bytes.Buffer
