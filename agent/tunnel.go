@@ -218,9 +218,10 @@ func (t *tunnel) drain() {
 	b := make([]byte, chunk)
 	for {
 		if _, err := t.stream.Read(b); err != nil {
-			return
+			break
 		}
 	}
+	t.stream.Shrink()
 }
 
 func (t *tunnel) LocalAddr() net.Addr  { return t.local }
