@@ -423,6 +423,30 @@ func TestOwnDirs(t *testing.T) {
 	}
 }
 
+func TestConnectionsIn(t *testing.T) {
+	dir := t.TempDir()
+	two, one := filepath.Join(dir, "memory.max"), filepath.Join(dir, "memory.limit_in_bytes")
+	for _, x := range []struct {
+		two, one string
+		want     int64
+	}{
+		{"134217728\n", "", 85}, {"max\n", "", maxConnections}, {"", "67108864\n", 42}, {"", "9223372036854771712\n", maxConnections},
+		{"", "", maxConnections}, {"1\n", "", minConnections}, {"max\n", "134217728\n", 85},
+	} {
+		for name, content := range map[string]string{two: x.two, one: x.one} {
+			os.Remove(name)
+			if content != "" {
+				if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if got := connectionsIn(memoryLimit([]string{two, one})); got != x.want {
+			t.Errorf("%q, %q: %d, want %d", x.two, x.one, got, x.want)
+		}
+	}
+}
+
 func TestFailures(t *testing.T) {
 	for text, test := range map[string]struct{ err, want error }{
 		"connection refused":   {&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, syscall.ECONNREFUSED},
