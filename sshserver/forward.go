@@ -27,7 +27,6 @@ const (
 	dialTime    = 10 * time.Second // for a connection to one address
 	dialAll     = 30 * time.Second // to all of them
 	listenTime  = 10 * time.Second // for a listener
-	lingerTime  = 30 * time.Second // for the sandbox to take what a client sent before it closed the channel
 	cutTime     = time.Second      // for the two directions to stop, once a connection is cut off
 
 	forwardBuffer = 32 << 10 // of a direction: the largest packet of x/crypto
@@ -36,8 +35,11 @@ const (
 	displays     = 64 // that are tried
 )
 
-// offerTime is how long a client may take to take a connection that was made inside. Tests change it.
-var offerTime = 30 * time.Second
+// Tests change these.
+var (
+	offerTime  = 30 * time.Second // for a client to take a connection that was made inside
+	lingerTime = 30 * time.Second // without progress, for the sandbox to take what a client sent before it closed the channel
+)
 
 // Results of an auditlog.Forward.
 const (
@@ -360,7 +362,10 @@ func (f *forward) carry(ch ssh.Channel, reqs <-chan *ssh.Request, inside net.Con
 
 	result, why := resultEnded, error(nil)
 	client := closed
-	var linger <-chan time.Time
+	linger := time.NewTimer(0)
+	defer linger.Stop()
+	<-linger.C
+	var taken uint64
 	upDone, downDone := false, false
 	for !(upDone && downDone) && result == resultEnded {
 		select {
@@ -383,10 +388,14 @@ func (f *forward) carry(ch ssh.Channel, reqs <-chan *ssh.Request, inside net.Con
 				inside.Close()
 				continue
 			}
-			timer := time.NewTimer(lingerTime)
-			defer timer.Stop()
-			linger = timer.C
-		case <-linger:
+			taken = f.in.Load()
+			linger.Reset(lingerTime)
+		case <-linger.C:
+			if n := f.in.Load(); n != taken {
+				taken = n
+				linger.Reset(lingerTime)
+				continue
+			}
 			result, why = resultCut, errors.New("what the client sent last was not taken")
 		case <-f.ctx.Done():
 			result, why = resultCut, context.Cause(f.ctx)

@@ -147,11 +147,22 @@ func TestForwardBytes(t *testing.T) {
 	if o := opens[0]; o.Type != "direct-tcpip" || o.Target != addr || o.Error != "" {
 		t.Errorf("open %+v", o)
 	}
+	ends := map[uint32]*auditlog.ChannelClose{}
+	for _, r := range records {
+		if c, ok := r.Body.(*auditlog.ChannelClose); ok {
+			ends[r.Channel] = c
+		}
+	}
 	var in, out uint64
-	for i, f := range forwards {
+	for _, r := range records {
+		f, ok := r.Body.(*auditlog.Forward)
+		if !ok {
+			continue
+		}
+		end := ends[r.Channel]
 		if f.Type != "direct-tcpip" || f.Target != addr || f.Address != addr || f.Result != "ended" || f.Detail != "" ||
-			f.Output != f.Input+32 || f.First.IsZero() || f.Last.Before(f.First) || closes[i].Input != f.Input {
-			t.Errorf("forward %+v, close %+v", f, closes[i])
+			f.Output != f.Input+32 || f.First.IsZero() || f.Last.Before(f.First) || end == nil || end.Input != f.Input || end.Output != f.Output {
+			t.Errorf("forward %+v, close %+v", f, end)
 		}
 		in, out = in+f.Input, out+f.Output
 	}
@@ -217,6 +228,52 @@ func TestForwardClosedByClient(t *testing.T) {
 		t.Errorf("%d bytes arrived", n)
 	}
 	eventually(t, "the place is free", func() bool { return places(g) == 0 })
+}
+
+// A target that takes nothing of what a client sent before it left does not hold its place for ever.
+func TestForwardLingers(t *testing.T) {
+	defer func(d time.Duration) { lingerTime = d }(lingerTime)
+	lingerTime = 500 * time.Millisecond
+	g := newGate(t, nil)
+	done := make(chan struct{})
+	addr := service(t, "tcp", "127.0.0.1:0", func(nc net.Conn) { <-done })
+	defer close(done)
+	c := g.dial("alice")
+	nc, err := c.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrote := make(chan struct{})
+	go func() {
+		defer close(wrote)
+		for b := make([]byte, 32<<10); ; {
+			if _, err := nc.Write(b); err != nil {
+				return
+			}
+		}
+	}()
+	var last uint64
+	eventually(t, "it stands still", func() bool {
+		time.Sleep(300 * time.Millisecond)
+		was := last
+		g.server.mu.Lock()
+		defer g.server.mu.Unlock()
+		for _, c := range g.server.conns {
+			c.mu.Lock()
+			for _, f := range c.forwards {
+				last = f.in.Load()
+			}
+			c.mu.Unlock()
+		}
+		return last > 0 && last == was
+	})
+	nc.Close()
+	<-wrote
+	eventually(t, "the place is free", func() bool { return places(g) == 0 })
+	c.Close()
+	if f := bodies[*auditlog.Forward](g.records()[0])[0]; f.Result != "cut-off" || !strings.Contains(f.Detail, "was not taken") {
+		t.Errorf("forward %+v", f)
+	}
 }
 
 // powerless is a backend whose sandboxes only run processes.
