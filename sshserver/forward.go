@@ -69,6 +69,7 @@ type forward struct {
 	cancel context.CancelCauseFunc
 
 	question *authz.RequestInput // that was admitted, and is asked again after a change; guarded by c.mu
+	by       *listener           // of a connection made inside
 
 	rec         auditlog.Forward
 	in, out     atomic.Uint64
@@ -515,6 +516,8 @@ type listener struct {
 	// channel says what is opened towards the client for a connection.
 	channel func(originator string, port uint32) (kind string, extra []byte)
 
+	refused bool // by policy, after a change: no connection is taken any more; guarded by c.mu
+
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	taken  atomic.Uint64
@@ -653,11 +656,16 @@ func (l *listener) take(inside net.Conn) {
 	c := l.c
 	kind, _ := l.channel("", 0)
 	c.mu.Lock()
+	if l.refused {
+		c.mu.Unlock()
+		inside.Close()
+		return
+	}
 	c.channels++
 	id := c.channels
 	f := c.newForward(id, kind)
 	if f != nil {
-		f.question = &l.questions[0]
+		f.by, f.question = l, &l.questions[0]
 	}
 	c.mu.Unlock()
 	if f == nil {
@@ -667,6 +675,19 @@ func (l *listener) take(inside net.Conn) {
 		return
 	}
 	c.spawn(func() { f.inbound(l, inside) })
+}
+
+// cut ends the listener and the connections that it took: policy does not permit it any more.
+func (l *listener) cut(why error) {
+	l.cancel(why)
+	l.c.mu.Lock()
+	defer l.c.mu.Unlock()
+	l.refused = true
+	for _, f := range l.c.forwards {
+		if f.by == l {
+			f.cancel(why)
+		}
+	}
 }
 
 // listenFor serves a tcpip-forward or a streamlocal-forward@openssh.com. It listens when it returns a listener; its
@@ -758,7 +779,7 @@ func (c *conn) narrowed() {
 		}
 		type open struct {
 			question authz.RequestInput
-			cancel   context.CancelCauseFunc
+			cut      func(why error)
 		}
 		var all []open
 		c.mu.Lock()
@@ -769,7 +790,7 @@ func (c *conn) narrowed() {
 		}
 		for l := range c.listeners {
 			for _, q := range l.questions {
-				all = append(all, open{q, l.cancel})
+				all = append(all, open{q, l.cut})
 			}
 		}
 		c.mu.Unlock()
@@ -783,7 +804,7 @@ func (c *conn) narrowed() {
 				return
 			}
 			if err != nil {
-				o.cancel(fmt.Errorf("policy has changed: %w", err))
+				o.cut(fmt.Errorf("policy has changed: %w", err))
 			}
 		}
 	}

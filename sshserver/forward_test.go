@@ -987,8 +987,27 @@ func TestForwardNarrowed(t *testing.T) {
 	if _, err := io.ReadFull(taken, make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
+	// One whose listener has gone meanwhile is asked about as well.
+	gone, err := c.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	orphan, err := net.Dial("tcp", gone.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer orphan.Close()
+	left, err := gone.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(orphan, "x")
+	if _, err := io.ReadFull(left, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	gone.Close()
 	g.request(func(in authz.RequestInput) bool { return in.Type != typeListenTCP && in.Port != cutPort })
-	for name, nc := range map[string]net.Conn{"direct": b, "forwarded": taken} {
+	for name, nc := range map[string]net.Conn{"direct": b, "forwarded": taken, "orphan": left} {
 		if rest, err := io.ReadAll(nc); len(rest) != 0 || err != nil {
 			t.Errorf("%s: read %q, %v", name, rest, err)
 		}
@@ -1015,12 +1034,13 @@ func TestForwardNarrowed(t *testing.T) {
 		case f.Result == "cut-off" && strings.Contains(f.Detail, "policy has changed: "):
 			cuts++
 		case f.Type == typeForwardedTCP: // the test's own attempts
+		case f.Type == typeListenTCP && f.Detail == "the client cancelled it":
 		default:
 			t.Errorf("forward %+v", f)
 		}
 	}
-	if cuts != 3 {
-		t.Errorf("%d were cut off, want 3", cuts)
+	if cuts != 4 {
+		t.Errorf("%d were cut off, want 4", cuts)
 	}
 }
 
