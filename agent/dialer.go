@@ -180,7 +180,7 @@ func (c *Client) dialContext(ctx context.Context, network, address string) (net.
 // gateTunnel makes the gate's end of a forwarded connection.
 func gateTunnel(stream *yamux.Stream, local, remote net.Addr) *tunnel {
 	t := newTunnel(stream)
-	t.local, t.remote, t.watched = local, remote, true
+	t.local, t.remote, t.gate = local, remote, true
 	return t
 }
 

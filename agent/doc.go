@@ -57,11 +57,12 @@
 // link that is changed meanwhile changes nothing. A socket that the agent makes has mode 0600 from its first moment on,
 // and what the agent removes is what it made.
 //
-// All of it is bounded. There are at most maxConnections connections, those included that came to a listener and wait for
-// the gate to take them, which at most backends.MaxBacklog a listener may do, for half a minute. What comes beyond that is
-// reset. A connection that passes nothing holds two buffers of 4 KiB; one that stalls holds two of 64 KiB, and up to
-// insideWindow that came from the gate and was not taken (half a megabyte in all, measured); the gate in turn holds up
-// to window. Each stalls alone. Looking a path up may hold a thread, so few are looked up at a time.
+// All of it is bounded. There are at most maxConnections connections, and in a small sandbox no more than fit half of its
+// memory if all stall. Those count that came to a listener and wait for the gate to take them, which at most
+// backends.MaxBacklog a listener may do, for half a minute. What comes beyond that is reset. A connection that passes nothing holds two buffers of 4 KiB. One that stalls in both directions holds two of
+// 64 KiB, and up to insideWindow that came from the gate and was not taken; the gate holds up to window. As buffers grow by
+// doubling, of 100 such connections each held 0.65 MiB in the agent and 1.05 MiB in the gate. Each stalls alone. Looking a
+// path up may hold a thread, so few are looked up at a time.
 //
 // A process that is to reach an X server gets its cookie in a file of its own, in a directory only its uid can enter, which
 // goes with the process: the session has no xauth(1) to run, and the cookie is on no command line.

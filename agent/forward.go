@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -47,6 +49,37 @@ var (
 	errHost        = errors.New("not a host name")
 )
 
+const (
+	// stalledMemory is what a connection that stalls in both directions holds in the agent, with some room.
+	stalledMemory = 768 << 10
+
+	// minConnections are allowed in the smallest sandbox.
+	minConnections = 16
+)
+
+// memoryFiles say how much memory the sandbox may use: those of the second version of control groups, and of the first.
+var memoryFiles = []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}
+
+// memoryLimit gives the sandbox's memory in bytes, or as much as there can be.
+func memoryLimit(files []string) int64 {
+	for _, name := range files {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue
+		}
+		if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64); err == nil {
+			return n
+		}
+	}
+	return math.MaxInt64
+}
+
+// connectionsIn says how many connections may be forwarded in a sandbox of so much memory: were all stalled, they would
+// hold half of it. The kernel's memory for their sockets is the sandbox's, too.
+func connectionsIn(memory int64) int64 {
+	return min(max(memory/2/stalledMemory, minConnections), maxConnections)
+}
+
 // failureOf says why something could not be done.
 func failureOf(err error) *failure {
 	f := &failure{Text: err.Error()}
@@ -60,7 +93,7 @@ func failureOf(err error) *failure {
 	switch {
 	case errno == syscall.ECONNREFUSED:
 		f.Code = failedRefused
-	case errno == syscall.ENETUNREACH || errno == syscall.EHOSTUNREACH || errno == syscall.EADDRNOTAVAIL:
+	case errno == syscall.ENETUNREACH || errno == syscall.EHOSTUNREACH:
 		f.Code = failedUnreachable
 	case errno == syscall.EADDRINUSE:
 		f.Code = failedInUse

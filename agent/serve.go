@@ -77,6 +77,7 @@ func Serve(config Config) error {
 	defer session.Close()
 	r := newReaper(stop)
 	server := newServer(session, pipes, r, config.Home)
+	server.connections = make(chan struct{}, connectionsIn(memoryLimit(memoryFiles)))
 	if config.Socket != "" {
 		server.own = ownDirs(config.Socket)
 	}

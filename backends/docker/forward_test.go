@@ -231,31 +231,53 @@ func TestForwardAttacks(t *testing.T) {
 		alive("processes")
 	})
 	t.Run("memory", func(t *testing.T) {
-		l := listenInside(t, s, "tcp", "127.0.0.1:0")
+		l := listenInside(t, s, "unix", "") // whose sockets hold less in the kernel: it is the agent that is to be filled
 		var all sync.WaitGroup
-		for range 100 {
-			near, err := s.DialContext(soon(t), "tcp", l.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			far, err := l.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, c := range []net.Conn{near, far} {
-				defer c.Close()
-				all.Go(func() {
-					for {
-						c.SetWriteDeadline(time.Now().Add(2 * time.Second))
-						if _, err := c.Write(make([]byte, 32<<10)); err != nil {
-							return
-						}
+		fill := func(c net.Conn) {
+			all.Go(func() {
+				for {
+					c.SetWriteDeadline(time.Now().Add(2 * time.Second))
+					if _, err := c.Write(make([]byte, 32<<10)); err != nil {
+						return
 					}
-				})
+				}
+			})
+		}
+		accepted := make(chan []net.Conn)
+		go func() {
+			var conns []net.Conn
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					accepted <- conns
+					return
+				}
+				conns = append(conns, c)
+				fill(c)
 			}
+		}()
+		made := 0
+		for range 100 { // each is two of the agent's
+			c, err := s.DialContext(soon(t), "unix", l.Addr().String())
+			if err != nil {
+				if !strings.Contains(err.Error(), "too many connections") {
+					t.Error(err)
+				}
+				break
+			}
+			defer c.Close()
+			made++
+			fill(c)
 		}
 		all.Wait()
-		t.Logf("the agent: %s", sh(t, s, "grep -E 'VmRSS|VmHWM' /proc/1/status"))
+		l.Close()
+		for _, c := range <-accepted {
+			defer c.Close()
+		}
+		t.Logf("%d connections: %s", made, sh(t, s, "grep -E 'VmRSS|VmHWM' /proc/1/status"))
+		if made < 32 {
+			t.Errorf("only %d connections", made)
+		}
 		alive("memory")
 	})
 	if err := s.client.Err(); err != nil {
