@@ -471,8 +471,8 @@ func (c *conn) keepAlive() {
 }
 
 // globalRequests has the requests that concern the whole connection answered in their order, which the protocol demands
-// (RFC 4254, section 4): one that takes long, as a listener may, delays the answers after it, and the channels that the
-// client opens after it.
+// (RFC 4254, section 4): one that takes long, as a listener may, delays the answers after it, the programs of sessions that
+// the client opens after it, and nothing else.
 func (c *conn) globalRequests(requests <-chan *ssh.Request, inOrder <-chan turn) {
 	type step struct {
 		req  *ssh.Request
@@ -526,7 +526,7 @@ func (c *conn) globalRequests(requests <-chan *ssh.Request, inOrder <-chan turn)
 				}
 			}
 			close(t.seen)
-			if !next(step{done: t.done}) {
+			if t.done != nil && !next(step{done: t.done}) {
 				return
 			}
 		case <-c.ctx.Done():
@@ -535,34 +535,27 @@ func (c *conn) globalRequests(requests <-chan *ssh.Request, inOrder <-chan turn)
 	}
 }
 
-// turn is a channel's place among the global requests: those before it have been seen, and done.
+// turn is a channel's place among the global requests: seen is closed when those before it have been seen, a session's done
+// when they have taken effect.
 type turn struct{ seen, done chan struct{} }
 
-// await returns when the global requests before a channel are done, or if they say that there must be no more sessions and
-// it is one; false: the connection ends.
-func (c *conn) await(inOrder chan<- turn, session bool) bool {
-	t := turn{make(chan struct{}), make(chan struct{})}
+// await returns when the global requests that came before a channel have been seen; no-more-sessions then holds. false: the
+// connection ends.
+func (c *conn) await(inOrder chan<- turn, session bool) (turn, bool) {
+	t := turn{seen: make(chan struct{})}
+	if session {
+		t.done = make(chan struct{})
+	}
 	select {
 	case inOrder <- t:
 	case <-c.ctx.Done():
-		return false
+		return t, false
 	}
 	select {
 	case <-t.seen:
+		return t, true
 	case <-c.ctx.Done():
-		return false
-	}
-	c.mu.Lock()
-	refused := session && c.noMoreSessions
-	c.mu.Unlock()
-	if refused {
-		return true
-	}
-	select {
-	case <-t.done:
-		return true
-	case <-c.ctx.Done():
-		return false
+		return t, false
 	}
 }
 
@@ -609,8 +602,7 @@ func (c *conn) globalRequest(req *ssh.Request) {
 	}
 }
 
-// newChannels opens session channels and those that forward, and refuses all others. A command after ssh -R may count on
-// the listener: channels and global requests take effect in the order in which they came.
+// newChannels opens session channels and those that forward, and refuses all others.
 func (c *conn) newChannels(channels <-chan ssh.NewChannel, inOrder chan<- turn) {
 	defer func() {
 		for range channels { // as in globalRequests
@@ -621,7 +613,8 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel, inOrder chan<- turn) 
 			return
 		}
 		kind := nc.ChannelType()
-		if !c.await(inOrder, kind == "session") {
+		t, ok := c.await(inOrder, kind == "session")
+		if !ok {
 			return
 		}
 		forwards := kind == typeDirectTCP || kind == typeDirectUnix
@@ -664,7 +657,7 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel, inOrder chan<- turn) 
 			continue // the connection is closed
 		}
 		c.touch()
-		s := newSession(c, id, ch)
+		s := newSession(c, id, ch, t.done)
 		c.mu.Lock()
 		c.sessions[id] = s
 		c.mu.Unlock()

@@ -32,6 +32,7 @@ type session struct {
 	ctx    context.Context // ends with the channel
 	cancel context.CancelFunc
 
+	before  <-chan struct{} // closed when the global requests that came before the channel have taken effect
 	env     []string
 	resize  chan backends.WindowSize // newest only
 	signals chan string
@@ -53,8 +54,8 @@ type session struct {
 	screen   *outlet            // the terminal, once running
 }
 
-func newSession(c *conn, id uint32, ch ssh.Channel) *session {
-	s := &session{c: c, id: id, ch: ch, resize: make(chan backends.WindowSize, 1), signals: make(chan string, 16)}
+func newSession(c *conn, id uint32, ch ssh.Channel, before <-chan struct{}) *session {
+	s := &session{c: c, id: id, ch: ch, before: before, resize: make(chan backends.WindowSize, 1), signals: make(chan string, 16)}
 	s.ctx, s.cancel = context.WithCancel(c.ctx)
 	return s
 }
@@ -293,6 +294,12 @@ func (s *session) run(p backends.Process) {
 	if err != nil {
 		s.fail(&UserError{Text: startFailure(err), Err: err})
 		s.exit(failed(err))
+		return
+	}
+	select { // a command after ssh -R may count on the listener
+	case <-s.before:
+	case <-s.ctx.Done():
+		s.exit(failed(context.Cause(s.ctx)))
 		return
 	}
 	p.Channel, p.Resize, p.Signals = s.id, s.resize, s.signals
