@@ -198,10 +198,10 @@ func TestHandshake(t *testing.T) {
 	}
 	// A signature made for one nonce is none for another.
 	gate, inside := pair(t)
-	go func() {
+	go func(gate net.Conn) {
 		io.ReadFull(gate, make([]byte, len(magic)+nonceSize))
 		gate.Write(ed25519.Sign(private, append([]byte(signatureContext), make([]byte, nonceSize)...)))
-	}()
+	}(gate)
 	if _, err := challenge(inside, public); !errors.Is(err, ErrNotGate) {
 		t.Errorf("replayed: %v", err)
 	}

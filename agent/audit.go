@@ -21,8 +21,12 @@ import (
 // terms is what the gate wants of the stream of reports.
 type terms struct {
 	Strict bool  `cbor:"1,keyasint,omitempty"`
-	Limit  int64 `cbor:"2,keyasint,omitempty"` // backends.ExecAudit.StuckLimit in nanoseconds
+	Limit  int64 `cbor:"2,keyasint,omitempty"` // nanoseconds a report may wait
 }
+
+// stuckGrace is how much longer than backends.ExecAudit.StuckLimit the agent waits: the gate, if it can, ends the session first,
+// because it knows why.
+const stuckGrace = time.Second
 
 // auditing answers terms: the first message of the stream of reports, and the last one if it says why there are none.
 type auditing struct {
@@ -271,12 +275,16 @@ func (c *Client) audit(a backends.ExecAudit, reports func(*backends.Report) erro
 		c.audited = backends.ExecAuditOff
 		return nil
 	}
+	limit := a.StuckLimit
+	if limit <= 0 {
+		limit = defaultStuckLimit
+	}
 	stream, err := c.session.OpenStream()
 	if err != nil {
 		return err
 	}
 	stream.SetDeadline(time.Now().Add(handshakeLimit))
-	err = writeMessage(stream, opening{Op: opReports, Audit: terms{Strict: a.Strict, Limit: int64(a.StuckLimit)}})
+	err = writeMessage(stream, opening{Op: opReports, Audit: terms{Strict: a.Strict, Limit: int64(limit + stuckGrace)}})
 	if err != nil {
 		return err
 	}
@@ -299,10 +307,6 @@ func (c *Client) audit(a backends.ExecAudit, reports func(*backends.Report) erro
 		c.audited = "on, strict"
 	}
 	c.reported = &reported{stream: stream, over: make(chan struct{})}
-	limit := a.StuckLimit
-	if limit <= 0 {
-		limit = defaultStuckLimit
-	}
 	go c.takeReports(stream, reports, limit)
 	return nil
 }

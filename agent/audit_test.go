@@ -273,6 +273,9 @@ func TestAuditStuck(t *testing.T) {
 			var out lockedBuffer
 			go x.client.Exec(context.Background(), backends.Process{Channel: 1, Kind: backends.KindExec, Command: command, Stdout: &out})
 			waitDone(t, x.client)
+			if err := x.client.Err(); err == nil || !strings.Contains(err.Error(), "not recorded within 1s") {
+				t.Errorf("strict %v: ended with %v", strict, err)
+			}
 			if out.String() != "" {
 				t.Errorf("strict %v: printed %q", strict, out.String())
 			}
