@@ -30,6 +30,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	oldKernel = os.Getenv(oldKernelName) != ""
 	RunChild()
 	goleak.VerifyTestMain(m)
 }

@@ -273,10 +273,37 @@ func TestAuditStuck(t *testing.T) {
 			var out lockedBuffer
 			go x.client.Exec(context.Background(), backends.Process{Channel: 1, Kind: backends.KindExec, Command: command, Stdout: &out})
 			waitDone(t, x.client)
+			if err := x.client.Err(); err == nil || !strings.Contains(err.Error(), "not recorded within 1s") {
+				t.Errorf("strict %v: ended with %v", strict, err)
+			}
 			if out.String() != "" {
 				t.Errorf("strict %v: printed %q", strict, out.String())
 			}
 		})
+	}
+}
+
+// oldKernelName is the variable by which a test's agent has oldKernel set.
+const oldKernelName = "SALLYPORT_TEST_OLD_KERNEL"
+
+// TestAuditOldKernel has an agent that can rely on less: all but deaths by signals is reported nevertheless.
+func TestAuditOldKernel(t *testing.T) {
+	t.Setenv(oldKernelName, "1")
+	x := startAudited(t, backends.ExecAudit{})
+	script := filepath.Join(t.TempDir(), "script")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nexit 7\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	x.run("cd " + filepath.Dir(script) + "; ./script; " + script + " b; /bin/sh -c 'exit 8'; /bin/sh -c 'kill -KILL $$'; /bin/true; /nowhere/x")
+	for args, code := range map[string]int{"./script": 7, script + " b": 7, "/bin/sh -c exit 8": 8, "/bin/true": 0} {
+		e := x.exec(args)
+		isScript := args == "./script" || strings.HasPrefix(args, script)
+		if s, end := x.fate(e); s == nil || end == nil || end.Code != code || len(e.Exec.Script) > 0 != isScript || e.Exec.Error != "" {
+			t.Errorf("%q: %+v, started %v, ended %v", args, e.Exec, s, end)
+		}
+	}
+	if s, end := x.fate(x.exec("/bin/sh -c kill -KILL $$")); s == nil || end != nil {
+		t.Errorf("killed: started %v, ended %v", s, end)
 	}
 }
 

@@ -93,7 +93,7 @@ func failureOf(err error) *failure {
 	switch {
 	case errno == syscall.ECONNREFUSED:
 		f.Code = failedRefused
-	case errno == syscall.ENETUNREACH || errno == syscall.EHOSTUNREACH || errno == syscall.EADDRNOTAVAIL:
+	case errno == syscall.ENETUNREACH || errno == syscall.EHOSTUNREACH:
 		f.Code = failedUnreachable
 	case errno == syscall.EADDRINUSE:
 		f.Code = failedInUse

@@ -83,14 +83,14 @@ func (l *listener) wait(milliseconds int) (over bool, err error) {
 
 // valid says whether the caller still waits: what was read of its process before was its own.
 func (l *listener) valid(id uint64) bool {
-	return l.ioctl(notifIDValid, unsafe.Pointer(&id)) == 0
+	return l.ioctl(notifIDValid, unsafe.Pointer(&id)) != unix.ENOENT
 }
 
-// ioctl repeats a call that a signal has interrupted: the kernel waits interruptibly for its lock, and this runtime signals
-// its own threads. An answer taken for "the caller is gone" would let a program run unreported.
-func (l *listener) ioctl(request uintptr, arg unsafe.Pointer) syscall.Errno {
+// ioctl is made again when a signal came: the kernel does not wait for its lock then, and this runtime sends itself many.
+func (l *listener) ioctl(request uintptr, arg unsafe.Pointer) unix.Errno {
 	for {
-		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), request, uintptr(arg)); errno != unix.EINTR {
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), request, uintptr(arg))
+		if errno != unix.EINTR {
 			return errno
 		}
 	}

@@ -474,12 +474,13 @@ func (r *reader) openBelow(at string, path []byte) (int, unix.Errno) {
 }
 
 func (r *reader) openat2(dir int, path []byte, resolve uint64) (int, unix.Errno) {
-	if !r.noOpenat2.Load() {
+	for !r.noOpenat2.Load() {
 		how := unix.OpenHow{Flags: openFlags | unix.O_CLOEXEC, Resolve: resolve | unix.RESOLVE_NO_MAGICLINKS}
 		fd, err := unix.Openat2(dir, string(path), &how)
 		switch errno, _ := err.(unix.Errno); errno {
 		case unix.ENOSYS, unix.EPERM: // before Linux 5.6, or an older engine's profile
 			r.noOpenat2.Store(true)
+		case unix.EINTR:
 		case unix.EXDEV:
 			return -1, unix.ELOOP
 		default:

@@ -11,7 +11,7 @@ type ExecAudit struct {
 	// Strict makes each execution and connection wait until Reports has returned for its report; else it waits until the
 	// agent holds the report.
 	Strict bool `json:"strict,omitempty"`
-	// StuckLimit is how long a program waits for reports to be taken before the agent ends the sandbox; 0: 30 s.
+	// StuckLimit is how long a program waits for reports to be taken before the sandbox ends; 0: 30 s.
 	StuckLimit time.Duration `json:"stuck_limit_ns,omitempty"`
 }
 

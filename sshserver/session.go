@@ -351,7 +351,7 @@ func (s *session) run(p backends.Process) {
 	case errors.Is(err, backends.ErrGone):
 		s.fail(&UserError{Text: "the sandbox has ended", Err: err})
 		// Said here too, not only by watch: the client leaves at once, and that is not the cause.
-		s.c.end(&cause{word: "sandbox-gone", detail: err})
+		s.c.end(&cause{word: "sandbox-gone", detail: whyGone(sb, err)})
 		s.exit(failed(err))
 	case errors.Is(err, backends.ErrNoShell):
 		s.fail(&UserError{Text: "the image has no shell: give a command, as in ssh HOST 'program arguments'", Err: err})

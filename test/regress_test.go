@@ -61,6 +61,12 @@ var regressScripts = []struct {
 		// No rule is about how full a file system is.
 		{"perm_test \\\n\t\"statvfs\"", "# XXX need good tests", ""},
 	}},
+	{"sftp-uri", nil},
+	{"scp", nil},
+	{"scp3", nil},
+	{"scp-uri", nil},
+	{"connect", nil},
+	{"connect-uri", nil},
 	{"exit-status", nil},
 	{"exit-status-signal", nil},
 	{"envpass", []regressEdit{{`trace "server setenv wins"`, "rm -f $OBJ/ssh_proxy_envpass", ""}}},

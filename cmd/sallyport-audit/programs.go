@@ -249,6 +249,7 @@ func (n *program) fate(dir []byte, missed int) string {
 	switch {
 	case n.end == nil && n.became != nil:
 		parts, ended = append(parts, "became the next one"), n.became.at
+	case n.end == nil && n.start == nil:
 	case n.end == nil:
 		parts = append(parts, "no end")
 	case n.end.Signal != "":

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -567,6 +568,91 @@ func decoding(n int64, up bool, mode transfer.ContentMode) (float64, error) {
 	}
 	ended, eerr := cpuTime(os.Getpid())
 	return (ended - began).Seconds() * (1 << 30) / float64(n), errors.Join(err, eerr, d.Finish())
+}
+
+// auditProfiles are the users of caseAudit, by what their profiles differ in.
+var auditProfiles = map[string]func(map[string]any){
+	"audit-off":    func(p map[string]any) { p["exec_audit"], p["cpus"] = "off", 2 },
+	"audit-on":     func(p map[string]any) { p["exec_audit"], p["cpus"] = "required", 2 },
+	"audit-strict": func(p map[string]any) { p["exec_audit"], p["exec_strict"], p["cpus"] = "required", true, 2 },
+}
+
+// caseAudit measures what the audit of executed programs costs them: the same load without it, with it, and with it strict, each
+// in a sandbox of its own, timed inside. A load has fewer executions than a session may make without waiting.
+func caseAudit(ctx context.Context, b *bench) error {
+	n, many := 1500, 1603
+	if b.quick {
+		n, many = 50, 50
+	}
+	timed := func(load string) string {
+		return "cd /tmp && s=$(date +%s%N) && " + load + " && e=$(date +%s%N) && echo $((e - s))"
+	}
+	loads := []struct {
+		name, command string
+		n             int
+	}{
+		{"execve of a file that is not there", fmt.Sprintf(`perl -e 'for (1..%d) { exec "/nowhere/$_" }'`, n), n},
+		{"fork, execve, exit, wait of `true`, one after the other",
+			fmt.Sprintf(`perl -e 'for (1..%d) { if (!fork) { exec "/bin/true" } wait }'`, n), n},
+		{"`make -j4` of `true`", fmt.Sprintf("/production/make -s -j4 -f /production/tiny.mk N=%d", many), many},
+	}
+	dir := b.path("demo", "production")
+	binary, err := exec.LookPath("make")
+	if err != nil {
+		return err
+	}
+	text, err := os.ReadFile(binary)
+	if err != nil {
+		return err
+	}
+	const tiny = "all: $(shell seq -f t%g $(N))\nt%:; @/bin/true $@\n"
+	err = errors.Join(os.WriteFile(filepath.Join(dir, "make"), text, 0o755), os.WriteFile(filepath.Join(dir, "tiny.mk"), []byte(tiny), 0o644))
+	if err != nil {
+		return err
+	}
+	t := b.report.table("The audit of executed programs", "load in the sandbox", "off, µs each", "on, µs each", "more", "strict, µs each", "more")
+	for i, load := range loads {
+		took := map[string]*samples{}
+		var turns []turn
+		for _, mode := range []string{"audit-off", "audit-on", "audit-strict"} {
+			x := b.gate.target
+			x.user, took[mode] = mode, new(samples)
+			turns = append(turns, b.turn(&x, func(x *target) error {
+				m, err := b.client.connect(ctx, x, aes)
+				if err != nil {
+					return err
+				}
+				defer m.close()
+				var out bytes.Buffer
+				if err := m.run(ctx, nil, &out, timed(load.command)); err != nil {
+					return fmt.Errorf("%s: %w", load.name, err)
+				}
+				ns, err := strconv.ParseInt(strings.TrimSpace(out.String()), 10, 64)
+				took[x.user].add(float64(ns) / 1000 / float64(load.n))
+				return err
+			}))
+		}
+		if err := b.inTurn(ctx, b.rounds, turns...); err != nil {
+			return err
+		}
+		off, on, strict := *took["audit-off"], *took["audit-on"], *took["audit-strict"]
+		more := func(s samples) string {
+			d := s.median() - off.median()
+			return fmt.Sprintf("%s µs, %.0f %%", number(d), 100*d/off.median())
+		}
+		b.say("  %s: off %s, on %s, strict %s µs", load.name, off.text(), on.text(), strict.text())
+		t.row(load.name, off.text(), on.text(), more(on), strict.text(), more(strict))
+		switch d := on.median() - off.median(); i {
+		case 0:
+			b.report.aim(d <= 60, "the audit takes at most 60 µs of an execve", number(d)+" µs")
+		case 2:
+			b.report.aim(d/off.median() <= 0.3, "the audit takes at most 30 % of the worst load, `make -j4` of nothing but `true`",
+				fmt.Sprintf("%.0f %%", 100*d/off.median()))
+		}
+	}
+	t.note("On one machine with the gate, on whose processors the sandbox's agent and the gate record while the load runs. An execution that " +
+		"comes about is two calls that wait for the agent, one that fails is one.")
+	return nil
 }
 
 func caseDecision(_ context.Context, b *bench) error {

@@ -109,6 +109,7 @@ func cases() []oneCase {
 		{"burst", "many logins at once, until the last has ended", caseBurst},
 		{"transfer", "bytes through one program, both ways, by cipher and by content", caseTransfer},
 		{"sftp", "put and get of one file", caseSFTP},
+		{"audit", "what executed programs take with their audit and without it", caseAudit},
 		{"decision", "one decision of the policy, few grants and many", caseDecision},
 		{"idle", "memory, goroutines and descriptors by number of idle sessions", caseIdle},
 	}
