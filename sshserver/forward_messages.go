@@ -146,7 +146,7 @@ func checkSocketPath(p string) error {
 	case len(p) > maxSocketPath:
 		return fmt.Errorf("%w: a socket's path of more than %d bytes", errMalformed, maxSocketPath)
 	case !path.IsAbs(p) || path.Clean(p) != p || p == "/" || hasNUL(p):
-		return fmt.Errorf("%w: a socket's path must be absolute, without . and ..", errMalformed)
+		return fmt.Errorf("%w: a socket's path must be absolute, without . and .. in it", errMalformed)
 	}
 	return nil
 }
