@@ -213,7 +213,7 @@ func TestSwappedLinks(t *testing.T) {
 	}
 	opened := 0
 	before := state(t, denied)
-	for range 2000 {
+	for range 600 {
 		r, err := f.Open(dir + "/d/secret")
 		if err != nil {
 			continue
