@@ -173,6 +173,7 @@ func become(f *os.File) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("set no_new_privs: %w", err)
 	}
+	unix.Prctl(unix.PR_SET_TIMERSLACK, ordinarySlack, 0, 0, 0) // the agent's own is none for programs
 	if p.Audit {
 		l, err := installFilter(p.Exits)
 		if err != nil {
