@@ -105,9 +105,14 @@ type attempt struct {
 	network, address string
 }
 
-// direct serves a channel that the client asked for.
-func (f *forward) direct(nc ssh.NewChannel) {
+// direct serves a channel that the client asked for, once the global requests before it have taken effect: its target may be
+// a listener of theirs.
+func (f *forward) direct(nc ssh.NewChannel, before <-chan struct{}) {
 	defer f.leave()
+	select {
+	case <-before:
+	case <-f.ctx.Done():
+	}
 	open := auditlog.ChannelOpen{Type: f.rec.Type}
 	attempts, reason, err := f.admit(nc.ExtraData(), &open)
 	if err != nil {

@@ -723,7 +723,7 @@ func (l *late) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox,
 // Global requests are answered in their order; one that waits for the sandbox holds up nothing else, and no-more-sessions
 // holds at once.
 func TestListenWaits(t *testing.T) {
-	g := newGate(t, nil)
+	g := newGate(t, func(c *Config) { c.MaxChannels = 4 * maxGlobal })
 	slow := &late{g.backend, make(chan struct{})}
 	g.server.Backend = slow
 	c := g.dial("alice")
@@ -746,23 +746,33 @@ func TestListenWaits(t *testing.T) {
 	for range 20 {
 		c.SendRequest(typeListenTCP, false, []byte("junk"))
 	}
-	// Sessions open meanwhile, though their programs wait; each of more than the queues hold of forwards is answered.
+	// Sessions open meanwhile, though their programs wait, and so do targets: more of them than the queues hold.
 	if _, err := c.NewSession(); err != nil {
 		t.Fatal(err)
 	}
-	g.request(func(in authz.RequestInput) bool { return in.Type != typeDirectTCP })
-	for range 4 * maxGlobal {
-		var refused *ssh.OpenChannelError
-		if _, err := c.Dial("tcp", "127.0.0.1:1"); !errors.As(err, &refused) || refused.Reason != ssh.Prohibited {
-			t.Fatal(err)
-		}
+	target := service(t, "tcp", "127.0.0.1:0", echo)
+	dialled := make(chan error, 3*maxGlobal)
+	for range cap(dialled) {
+		go func() {
+			nc, err := c.Dial("tcp", target)
+			if err == nil {
+				nc.Close()
+			}
+			dialled <- err
+		}()
 	}
+	eventually(t, "all of them are known", func() bool { return places(g) >= cap(dialled) })
 	c.SendRequest(noMoreSessions, false, nil)
 	if _, err := c.NewSession(); err == nil {
 		t.Error("a session was opened after no-more-sessions")
 	}
 	close(slow.go_)
 	wg.Wait()
+	for range cap(dialled) {
+		if err := <-dialled; err != nil {
+			t.Error(err)
+		}
+	}
 	if len(order) != 1 || order[0] != typeListenTCP+" true <nil>" {
 		t.Errorf("answers %q", order)
 	}
@@ -1143,6 +1153,7 @@ type unhurried struct{ backends.Backend }
 
 type unhurriedSandbox struct {
 	backends.Sandbox
+	backends.Dialer
 	backends.Listener
 }
 
@@ -1151,7 +1162,7 @@ func (b unhurried) Start(ctx context.Context, spec backends.Spec) (backends.Sand
 	if err != nil {
 		return nil, err
 	}
-	return &unhurriedSandbox{s, s.(backends.Listener)}, nil
+	return &unhurriedSandbox{s, s.(backends.Dialer), s.(backends.Listener)}, nil
 }
 
 func (s *unhurriedSandbox) Listen(ctx context.Context, network, addr string) (net.Listener, error) {
@@ -1176,4 +1187,20 @@ func TestListenBeforeSession(t *testing.T) {
 	if err := s.Run("test -S " + path); err != nil {
 		t.Errorf("the listener was not there: %v", err)
 	}
+	// A target may be one of the client's own listeners, too.
+	channels := c.HandleChannelOpen(typeForwardedUnix)
+	go func() {
+		for nc := range channels {
+			nc.Reject(ssh.Prohibited, "seen")
+		}
+	}()
+	path += "2"
+	if _, _, err := c.SendRequest(typeListenUnix, false, ssh.Marshal(listenUnixMsg{path})); err != nil {
+		t.Fatal(err)
+	}
+	nc, err := c.Dial("unix", path)
+	if err != nil {
+		t.Fatalf("the listener was not there: %v", err)
+	}
+	nc.Close()
 }
