@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/events"
 	"github.com/docker/docker/api/types/filters"
+
+	"github.com/sallyport/sallyport/agent"
 )
 
 // reapEvery is the time between looks for what an ended session has left.
@@ -26,7 +29,7 @@ func (b *Backend) Run(ctx context.Context) {
 		b.hear(ctx)
 	}()
 	defer func() { <-heard }()
-	if err := pruneAgents(b.agent); err != nil {
+	if err := errors.Join(b.pruneAgents(ctx), b.removeOldHelpers(ctx)); err != nil && ctx.Err() == nil {
 		b.log.WarnContext(ctx, "remove old agents", "err", err)
 	}
 	t := time.NewTicker(reapEvery)
@@ -116,7 +119,10 @@ func (b *Backend) hear(ctx context.Context) {
 
 func (b *Backend) died(m events.Message, oom bool) {
 	why := "the sandbox ended, exit code " + m.Actor.Attributes["exitCode"]
-	if m.Actor.Attributes["exitCode"] == "137" {
+	switch m.Actor.Attributes["exitCode"] {
+	case strconv.Itoa(agent.ExitRelay):
+		why = "the relay into the sandbox ended"
+	case "137":
 		why = "the sandbox was killed"
 		if oom {
 			why = "the sandbox was killed: it ran out of memory"

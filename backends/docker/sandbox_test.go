@@ -674,7 +674,7 @@ func TestReady(t *testing.T) {
 	if err := os.MkdirAll(old, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := pruneAgents(b.agent); err != nil {
+	if err := pruneCopies(b.agent); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Stat(old); err == nil {

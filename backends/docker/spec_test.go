@@ -176,7 +176,7 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{"/a", "/r", "/h", "/s"})
+	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{agent: "/a", run: "/r", hosts: "/h", scratch: "/s"})
 	h := r.Host
 	half := spec.Template.TmpSize + spec.Template.HomeSize
 	for what, ok := range map[string]bool{
