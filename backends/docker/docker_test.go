@@ -218,7 +218,7 @@ func (f *engineFixture) importImage(ctx context.Context, name string, files []fi
 func newBackend(t testing.TB, change func(*Config)) *Backend {
 	t.Helper()
 	requireEngine(t)
-	config := Config{Agent: fixture.agent, StateDir: filepath.Join(t.TempDir(), "state")}
+	config := Config{Agent: fixture.agent, StateDir: filepath.Join(t.TempDir(), "state"), Transport: transportSocket}
 	if change != nil {
 		change(&config)
 	}
