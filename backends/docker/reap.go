@@ -13,6 +13,7 @@ import (
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/events"
 	"github.com/docker/docker/api/types/filters"
+	"github.com/docker/docker/api/types/volume"
 
 	"github.com/sallyport/sallyport/agent"
 )
@@ -62,6 +63,8 @@ func (b *Backend) Reap(ctx context.Context) error {
 		All: true, Filters: filters.NewArgs(filters.Arg("label", labelServer+"="+b.gate)),
 	})
 	errs = append(errs, err)
+	volumes, err := b.engine.VolumeList(ctx, volume.ListOptions{Filters: filters.NewArgs(filters.Arg("label", labelServer+"="+b.gate))})
+	errs = append(errs, err)
 	b.mu.Lock()
 	live := make(map[string]bool, len(b.live))
 	for session := range b.live {
@@ -79,6 +82,7 @@ func (b *Backend) Reap(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("remove container: %w", err))
 		}
 	}
+	errs = append(errs, b.reapVolumes(ctx, volumes.Volumes, live))
 	for _, name := range names {
 		if !live[filepath.Base(name)] {
 			errs = append(errs, os.RemoveAll(filepath.Join(b.config.StateDir, name)))

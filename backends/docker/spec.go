@@ -102,9 +102,6 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 	default:
 		return spec, refused("pull policy %q is unknown", t.PullPolicy)
 	}
-	if t.Scratch != "" && b.relay {
-		return spec, refused("a scratch volume needs an engine that sees the gate's state directory")
-	}
 	if t.UID == 0 && !c.AllowRoot {
 		return spec, refused("uid 0 is not permitted (allow_root)")
 	}
@@ -312,7 +309,8 @@ type request struct {
 	Host   container.HostConfig `json:"host_config"`
 }
 
-// places are the host paths of one sandbox, or the volume that holds the agent.
+// places are the host paths of one sandbox; or, where the engine sees none of the gate's, the volume that holds the agent,
+// and scratch is a volume, too.
 type places struct{ agent, run, hosts, scratch, volume string }
 
 // build makes the engine's request of a checked spec. It is pure: the same in, the same out.
@@ -379,9 +377,14 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 		host.GroupAdd = append(host.GroupAdd, id(g))
 	}
 	taken := map[string]bool{"/tmp": true, home: true}
-	if t.Scratch != "" {
+	switch {
+	case t.Scratch != "" && at.volume != "":
+		v := readVolume(at.scratch, home)
+		v.ReadOnly = false
+		host.Mounts = append(host.Mounts, v)
+	case t.Scratch != "":
 		host.Mounts = append(host.Mounts, bind(at.scratch, home, true))
-	} else {
+	default:
 		host.Tmpfs[home] = tmpfs(t, t.HomeSize)
 	}
 	if t.Network == "none" && len(t.ExtraHosts) == 0 && at.hosts != "" {

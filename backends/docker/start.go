@@ -109,16 +109,22 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 			return err
 		}
 		at.volume = b.file.volume()
+		if t.Scratch != "" {
+			at.scratch = namePrefix + s.session
+			if err := b.makeScratchVolume(ctx, s.session, t.UID, t.GID); err != nil {
+				return fmt.Errorf("make a scratch volume: %w", err)
+			}
+		}
 	} else {
 		at = places{agent: b.agent, run: s.path(runDir), hosts: filepath.Join(b.config.StateDir, hostsFile), scratch: s.path(scratchDir)}
 		if listener, err = listen(at.run); err != nil {
 			return err
 		}
 		defer listener.Close()
-	}
-	if t.Scratch != "" {
-		if err := makeScratch(at.scratch, t.UID, t.GID); err != nil {
-			return err
+		if t.Scratch != "" {
+			if err := makeScratch(at.scratch, t.UID, t.GID); err != nil {
+				return err
+			}
 		}
 	}
 	r := build(spec, b.gate, base64.StdEncoding.EncodeToString(public), img, at)
@@ -375,6 +381,9 @@ func (s *sandbox) remove(ctx context.Context) error {
 		err = s.backend.removeContainer(ctx, s.id)
 	}
 	err = errors.Join(err, os.RemoveAll(s.path(runDir)), os.RemoveAll(s.path(scratchDir)))
+	if s.backend.relay {
+		err = errors.Join(err, s.backend.removeVolume(ctx, namePrefix+s.session))
+	}
 	s.backend.mu.Lock()
 	delete(s.backend.live, s.session)
 	s.backend.mu.Unlock()

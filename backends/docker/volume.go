@@ -203,6 +203,44 @@ func (b *Backend) keepVolume(ctx context.Context) error {
 	return nil
 }
 
+// makeScratchVolume makes a home on the engine's disk, which belongs to the uid.
+func (b *Backend) makeScratchVolume(ctx context.Context, session string, uid, gid uint32) error {
+	name := namePrefix + session
+	_, err := b.engine.VolumeCreate(ctx, volume.CreateOptions{Name: name, Labels: map[string]string{labelServer: b.gate, labelSession: session}})
+	if err != nil {
+		return err
+	}
+	m := mount.Mount{Type: mount.TypeVolume, Source: name, VolumeOptions: &mount.VolumeOptions{NoCopy: true}}
+	return b.helper(ctx, name+"-scratch", m, func(id string) error {
+		var packed bytes.Buffer
+		w := tar.NewWriter(&packed)
+		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: "mnt/", Mode: 0o700, Uid: int(uid), Gid: int(gid)})
+		if err = errors.Join(err, w.Close()); err != nil {
+			return err
+		}
+		return b.engine.CopyToContainer(ctx, id, "/", &packed, container.CopyToContainerOptions{})
+	})
+}
+
+// removeVolume returns when there is no such volume.
+func (b *Backend) removeVolume(ctx context.Context, name string) error {
+	if err := b.engine.VolumeRemove(ctx, name, true); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	return nil
+}
+
+// reapVolumes removes the volumes of this gate that belong to no session of live.
+func (b *Backend) reapVolumes(ctx context.Context, volumes []*volume.Volume, live map[string]bool) error {
+	var errs []error
+	for _, v := range volumes {
+		if session := v.Labels[labelSession]; !live[session] && v.Name == namePrefix+session {
+			errs = append(errs, b.removeVolume(ctx, v.Name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // pruneVolumes removes the volumes of other agents that no container has.
 func (b *Backend) pruneVolumes(ctx context.Context) error {
 	volumes, err := b.engine.VolumeList(ctx, volume.ListOptions{Filters: filters.NewArgs(filters.Arg("label", labelAgent))})
