@@ -319,6 +319,12 @@ func TestImageWithoutShell(t *testing.T) {
 }
 
 func TestMounts(t *testing.T) {
+	for _, transport := range []string{transportSocket, transportRelay} {
+		t.Run(transport, func(t *testing.T) { mounts(t, transport) })
+	}
+}
+
+func mounts(t *testing.T, transport string) {
 	data := t.TempDir()
 	if err := os.Chmod(data, 0o755); err != nil {
 		t.Fatal(err)
@@ -335,7 +341,7 @@ func TestMounts(t *testing.T) {
 	if err := os.Chmod(filepath.Join(data, "out"), 0o777); err != nil {
 		t.Fatal(err)
 	}
-	b := newBackend(t, func(c *Config) { c.BindPrefixes = []string{filepath.Dir(data)} })
+	b := newBackend(t, func(c *Config) { c.Transport, c.BindPrefixes = transport, []string{filepath.Dir(data)} })
 	spec := newSpec(busyboxImage)
 	spec.Template.Groups = []uint32{4}
 	spec.Template.Scratch = "volume"
@@ -618,6 +624,7 @@ func gateToBeKilled(arguments string) {
 	}
 	spec := newSpec(busyboxImage)
 	spec.Owner.Session = a[3]
+	spec.Template.Scratch = "volume"
 	s, err := b.Start(context.Background(), spec)
 	if err != nil {
 		panic(err)
