@@ -243,7 +243,13 @@ func TestFull(t *testing.T) {
 }
 
 func TestHostileImage(t *testing.T) {
-	s := startSandbox(t, newBackend(t, nil), newSpec(hostileImage))
+	for _, transport := range []string{transportSocket, transportRelay} {
+		t.Run(transport, func(t *testing.T) { hostileImages(t, transport) })
+	}
+}
+
+func hostileImages(t *testing.T, transport string) {
+	s := startSandbox(t, newBackend(t, func(c *Config) { c.Transport = transport }), newSpec(hostileImage))
 	time.Sleep(1500 * time.Millisecond) // for the health check that must not run
 	for _, test := range []struct{ line, want string }{
 		{"id -u", "1000"},
