@@ -45,6 +45,7 @@ func (s *server) serveReports(stream *yamux.Stream, t terms) {
 		stream.Close()
 		return
 	}
+	rec.relay = s.relay
 	rec.reports = newReports(stream, t.Strict, time.Duration(t.Limit))
 	rec.reports.mu.Lock()
 	rec.reports.finish = rec.finish

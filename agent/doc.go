@@ -34,6 +34,10 @@
 // process's ends leave the gate, so nothing inside can change the flags of the gate's own, and no descriptor ever comes
 // from inside. The pipes belong to the agent's uid, so that a program may open /dev/stdout.
 //
+// Where the gate can't be dialled, the stream is the stdin and stdout of a relay (sallyport-agent relay), which the runtime
+// executes in the sandbox before the gate asks for any process. The agent listens for it at a path (--relay), takes one peer in
+// its life, removes the path, and gets the two descriptors by SCM_RIGHTS. The relay's end is the agent's.
+//
 // A message is a big-endian 32-bit length and that many bytes of CBOR. All that the agent sends is hostile input to
 // the gate: the guard beneath yamux and the parsers above it bound and check everything, and are fuzzed.
 //

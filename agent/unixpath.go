@@ -27,9 +27,13 @@ var (
 	errLongName = errors.New("too long a name for a socket") // some 85 bytes are left of maxSocketPath
 )
 
-// ownDirs gives the directories of an agent that is reached through a socket: that one's, and its own file's.
+// ownDirs gives the directories of an agent's own: its file's, and its socket's if it is reached through one. A relay's socket
+// is gone before a session begins.
 func ownDirs(socket string) []string {
-	dirs := []string{path.Dir(path.Clean(socket))}
+	var dirs []string
+	if socket != "" {
+		dirs = append(dirs, path.Dir(path.Clean(socket)))
+	}
 	if exe, err := os.Readlink(self); err == nil {
 		dirs = append(dirs, path.Dir(exe))
 	}
@@ -115,7 +119,7 @@ func listenUnix(name string, own []string) (net.Listener, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	l, remove, err := listenIn(dir, path.Base(name))
+	l, remove, err := listenIn("unix", dir, path.Base(name))
 	if err != nil {
 		dir.close()
 		return nil, nil, err
@@ -124,7 +128,7 @@ func listenUnix(name string, own []string) (net.Listener, func(), error) {
 }
 
 // listenIn listens in a directory that was looked up.
-func listenIn(dir place, base string) (net.Listener, func(), error) {
+func listenIn(network string, dir place, base string) (net.Listener, func(), error) {
 	name := dir.name() + "/" + base
 	switch {
 	case base == "." || base == ".." || base == "/":
@@ -140,7 +144,7 @@ func listenIn(dir place, base string) (net.Listener, func(), error) {
 		}
 		return err
 	}}
-	l, err := c.Listen(context.Background(), "unix", name)
+	l, err := c.Listen(context.Background(), network, name)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -188,7 +192,7 @@ func listenPrivate(own []string) (net.Listener, func(), string, error) {
 	}
 	l, remove, err := net.Listener(nil), func() {}, dir.check(own)
 	if err == nil {
-		l, remove, err = listenIn(dir, base)
+		l, remove, err = listenIn("unix", dir, base)
 	}
 	if err != nil {
 		removeDir()

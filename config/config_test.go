@@ -114,6 +114,11 @@ func TestParse(t *testing.T) {
 	if !slices.Contains(c.Docker.ProtectedPaths, "/etc/sallyport/put.ini") || slices.Contains(c.Docker.ProtectedPaths, "") {
 		t.Errorf("s3: protected are %q", c.Docker.ProtectedPaths)
 	}
+	c, err = Parse([]byte(good+"docker: {host: 'tcp://engine:2376', transport: relay, tls: {ca: ca.pem, cert: cert.pem, key: /k/key.pem}}\n"), "/etc/sallyport")
+	if err != nil || c.Docker.TLS.CA != "/etc/sallyport/ca.pem" || c.Docker.TLS.Key != "/k/key.pem" || c.Docker.Transport != "relay" ||
+		!slices.Contains(c.Docker.ProtectedPaths, "/etc/sallyport/cert.pem") || !slices.Contains(c.Docker.ProtectedPaths, "/k/key.pem") {
+		t.Errorf("tls: %v %+v", err, c.Docker)
+	}
 	for _, tc := range []struct{ yaml, want string }{
 		{"", "policy.data"},
 		{good + "nosuch: 1\n", "nosuch"},
@@ -133,6 +138,9 @@ func TestParse(t *testing.T) {
 		{good + "audit: {store: {s3: {bucket: evidence, endpoint: 'http://s3.example.com'}}}\n", "audit.store.s3.endpoint"},
 		{good + "audit: {store: {prune: {max_age: 1s}}}\n", "audit.store.prune.max_age"},
 		{good + "docker: {memory: lots}\n", "docker.memory"},
+		{good + "docker: {transport: pigeon}\n", "docker.transport"},
+		{good + "docker: {host: 'tcp://engine:2375'}\n", "docker.tls"},
+		{good + "docker: {tls: {nosuch: x}}\n", "nosuch"},
 		{"policy: {data: a}\npolicy: {data: b}\n", "2:"},
 		{"\tpolicy:", "1:"},
 		{"- 1\n- 2\n", "1:"},

@@ -35,5 +35,5 @@ func needClients(t *testing.T, names ...string) {
 func TestClients(t *testing.T) {
 	needClients(t, "plink", "pscp", "psftp", "puttygen", "dbclient", "dropbearconvert", "rsync", "git", "curl", "openssl",
 		"/usr/lib/python3/dist-packages/paramiko")
-	testscript.Run(t, params("clients"))
+	testscript.Run(t, params("auto", testscript.Params{Dir: "clients"}))
 }

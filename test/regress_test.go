@@ -138,7 +138,7 @@ func TestOpenSSHRegress(t *testing.T) {
 	// The suite takes the same keys for users and for hosts.
 	gate := filepath.Join(dir, "gate")
 	check(os.Mkdir(gate, 0o700))
-	s, err := newState(gate)
+	s, err := newState(gate, "auto")
 	check(err)
 	keys := filepath.Join(dir, "keys")
 	check(os.Mkdir(keys, 0o755))

@@ -48,9 +48,9 @@ func TestMemoryTidies(t *testing.T) {
 	}
 }
 
-// Both ways in which the bytes of processes travel.
+// The ways in which the bytes of processes travel.
 func TestMemory(t *testing.T) {
-	for name, m := range map[string]*Memory{"Pipes": {}, "Streams": {Streams: true}} {
+	for name, m := range map[string]*Memory{"Pipes": {}, "Streams": {Streams: true}, "Relay": {Relay: true}} {
 		t.Run(name, func(t *testing.T) {
 			Run(t, Subject{
 				Backend: m,

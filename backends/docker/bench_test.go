@@ -18,7 +18,19 @@ import (
 // BenchmarkStart compares a sandbox, from Start to the first process's end, with what the engine alone takes to create
 // and start the same container; the two take turns.
 func BenchmarkStart(b *testing.B) {
-	backend := newBackend(b, nil)
+	eachTransport(b, benchmarkStart)
+}
+
+// eachTransport runs a benchmark with each way to the agents.
+func eachTransport(b *testing.B, run func(*testing.B, *Backend)) {
+	for _, transport := range []string{transportSocket, transportRelay} {
+		b.Run(transport, func(b *testing.B) {
+			run(b, newBackend(b, func(c *Config) { c.Transport, c.CPUs = transport, 2 }))
+		})
+	}
+}
+
+func benchmarkStart(b *testing.B, backend *Backend) {
 	engine := fixture.engine
 	ctx := context.Background()
 	var bare, start, first []time.Duration
@@ -90,8 +102,12 @@ func BenchmarkExec(b *testing.B) {
 
 // BenchmarkBytes measures bytes through one process, out of and into the sandbox.
 func BenchmarkBytes(b *testing.B) {
+	eachTransport(b, benchmarkBytes)
+}
+
+func benchmarkBytes(b *testing.B, backend *Backend) {
 	const size = 256 << 20
-	s := startSandbox(b, newBackend(b, nil), newSpec(busyboxImage))
+	s := startSandbox(b, backend, newSpec(busyboxImage))
 	b.Run("out", func(b *testing.B) {
 		b.SetBytes(size)
 		for b.Loop() {
@@ -116,6 +132,43 @@ func BenchmarkBytes(b *testing.B) {
 			}
 		}
 	})
+}
+
+// BenchmarkEngineBytes measures the same through a bare exec of the engine's: the relay's floor.
+func BenchmarkEngineBytes(b *testing.B) {
+	const size = 256 << 20
+	s := startSandbox(b, newBackend(b, func(c *Config) { byRelay(c); c.CPUs = 2 }), newSpec(busyboxImage))
+	for name, command := range map[string]string{
+		"out": fmt.Sprintf("dd if=/dev/zero bs=64k count=%d 2>/dev/null", size>>16), "in": "dd of=/dev/null bs=64k 2>/dev/null; echo",
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(size)
+			for b.Loop() {
+				c, err := fixture.engine.ContainerExecCreate(b.Context(), s.ID(), container.ExecOptions{
+					Cmd: []string{"/bin/sh", "-c", command}, AttachStdin: true, AttachStdout: true,
+				})
+				if err != nil {
+					b.Fatal(err)
+				}
+				stream, err := fixture.engine.ContainerExecAttach(b.Context(), c.ID, container.ExecAttachOptions{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				want := int64(size)
+				if name == "in" {
+					want = 1
+					if _, err := io.CopyBuffer(stream.Conn, io.LimitReader(zeros{}, size), make([]byte, 256<<10)); err != nil {
+						b.Fatal(err)
+					}
+				}
+				stream.CloseWrite()
+				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, newExecConn(stream), make([]byte, 64<<10)); n != want || err != nil {
+					b.Fatal(n, err)
+				}
+				stream.Close()
+			}
+		})
+	}
 }
 
 type zeros struct{}

@@ -81,11 +81,16 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	backend, err := docker.New(ctx, cfg.Docker, cfg.Gate, quiet)
+	way := ""
 	if err == nil {
 		err = backend.Ready(ctx)
+		transport, why := backend.Transport()
+		way = "sandboxes are reached by " + transport + ": " + why
 		backend.Close()
 	}
-	say("docker", err)
+	if say("docker", err) {
+		fmt.Fprintf(out, "%-10s note: %s\n", "docker", way)
+	}
 	_, err = auditlog.LoadKey(cfg.Audit.Key)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil // as the host keys

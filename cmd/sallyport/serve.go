@@ -95,6 +95,8 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 		return err
 	}
 	defer backend.Close()
+	way, why := backend.Transport()
+	log.Info("sandboxes", "transport", way, "because", why)
 	stopReaper := background(backend.Run)
 	defer stopReaper()
 	audit, err := openLog(ctx, cfg, log)
