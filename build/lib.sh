@@ -244,9 +244,9 @@ cluster_binary() {
 # cluster_is_of NAME: whether a run of that name started the cluster.
 cluster_is_of() { [ "$(cat "$cluster_state/owner" 2>/dev/null)" = "$1" ]; }
 
-# cluster_up NAME: sets cluster_kubeconfig to a cluster. One that KUBECONFIG gives, or that runs on this machine already,
-# is used and left alone; otherwise one is started, and ended again by cluster_down. So is one that an earlier run of the
-# same NAME started and, killed, could not end.
+# cluster_up NAME: sets cluster_kubeconfig to a cluster. One that KUBECONFIG gives, or that runs on this machine
+# already, is used and left alone; otherwise one is started, and ended again by cluster_down. So is one that an earlier
+# run of the same NAME started and, killed, could not end.
 cluster_up() {
 	if [ -n "${KUBECONFIG:-}" ]; then
 		step "using the cluster of KUBECONFIG"

@@ -18,10 +18,11 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// What a kubelet and the CNI plugins make wherever they are told to be, and the settings that they change. note writes
-// down which of the first are absent and what the second are; clear restores both.
+// What the parts make wherever they are told to be, alone or where another containerd may have its sockets by the end,
+// and the settings that they change. note writes down what is absent and what is set; clear restores both.
 var (
 	madeOutside = []string{"/var/lib/kubelet", "/var/lib/cni", "/var/log/containers"}
+	madeShared  = []string{"/run/containerd/s", "/run/containerd"}
 	changed     = []string{
 		"net/ipv4/ip_forward", "vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
 		"kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
@@ -38,7 +39,7 @@ func (c cluster) exists() bool {
 
 func (c cluster) note() error {
 	var text strings.Builder
-	for _, path := range madeOutside {
+	for _, path := range slices.Concat(madeOutside, madeShared) {
 		if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
 			fmt.Fprintln(&text, "absent", path)
 		}
@@ -85,9 +86,6 @@ func (c cluster) clear() error {
 	run("ip", "link", "delete", bridge)
 	run("nft", "delete", "table", "ip", "kube-proxy")
 	run("nft", "delete", "table", "ip6", "kube-proxy")
-	// The shims' sockets, which other containerds keep there too.
-	os.Remove("/run/containerd/s")
-	os.Remove("/run/containerd")
 
 	errs = append(errs, c.restore())
 	if mounts := c.mounts(); len(mounts) > 0 {
@@ -188,6 +186,8 @@ func (c cluster) restore() error {
 		switch {
 		case len(f) == 2 && f[0] == "absent" && slices.Contains(madeOutside, f[1]):
 			errs = append(errs, os.RemoveAll(f[1]))
+		case len(f) == 2 && f[0] == "absent" && slices.Contains(madeShared, f[1]):
+			os.Remove(f[1]) // not if there is something in it
 		case len(f) == 3 && f[0] == "setting" && slices.Contains(changed, f[1]):
 			path := "/proc/sys/" + f[1]
 			if now, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(now)) != f[2] {

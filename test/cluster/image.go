@@ -60,11 +60,12 @@ func writeImage(file string) error {
 	}
 
 	type object = map[string]any
+	diffID := fmt.Sprintf("sha256:%x", sha256.Sum256(layer.Bytes()))
 	config, err := json.Marshal(object{
 		"architecture": runtime.GOARCH,
 		"os":           "linux",
 		"config":       object{"Cmd": []string{"/bin/sleep", "inf"}, "Env": []string{"PATH=/bin"}},
-		"rootfs":       object{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer.Bytes()))}},
+		"rootfs":       object{"type": "layers", "diff_ids": []string{diffID}},
 	})
 	if err != nil {
 		return err

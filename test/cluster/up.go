@@ -94,7 +94,7 @@ podLogsDir: DIR/pod-logs
 volumePluginDir: DIR/kubelet/volume-plugins
 `
 
-// proxyConfig: in nftables mode all rules are in tables of kube-proxy's own. The zeros leave the machine's limits alone.
+// proxyConfig: in nftables mode all rules are in tables of its own. The zeros leave the machine's limits alone.
 const proxyConfig = `apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 mode: nftables

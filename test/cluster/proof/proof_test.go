@@ -62,6 +62,7 @@ func TestCluster(t *testing.T) {
 	before := traces(t)
 	t.Cleanup(func() { cluster(t, "", "down") })
 
+	killInTheMiddle(t)
 	out := cluster(t, "", "up")
 	if want := "export KUBECONFIG=" + dir + "/admin.kubeconfig\n"; out != want {
 		t.Fatalf("up says %q, want %q", out, want)
@@ -128,6 +129,29 @@ func TestCluster(t *testing.T) {
 	}
 }
 
+// killInTheMiddle kills an `up` that has started some parts.
+func killInTheMiddle(t *testing.T) {
+	t.Helper()
+	up := exec.Command(binary, "up")
+	up.Env = append(os.Environ(), "SALLYPORT_CLUSTER_DIR="+dir)
+	if err := up.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end := time.Now().Add(time.Minute)
+	for len(mentioning(t, "/proc/[0-9]*/environ", markVar+dir+" kube-apiserver")) == 0 {
+		if time.Now().After(end) {
+			t.Error("up has not started an API server in a minute")
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	up.Process.Kill()
+	up.Wait()
+	if len(processes(t)) == 0 {
+		t.Error("no part was running when up was killed")
+	}
+}
+
 func startPod(t *testing.T) {
 	t.Helper()
 	kubectl(t, hardened, "-n", "proof", "apply", "-f", "-")
@@ -166,8 +190,8 @@ func testWebSocket(t *testing.T) {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Minute))
-	io.WriteString(conn, "GET /api/v1/namespaces/proof/pods/hardened/exec?command=echo&command=hello&stdout=true HTTP/1.1\r\n"+
-		"Host: "+api+"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
+	io.WriteString(conn, "GET /api/v1/namespaces/proof/pods/hardened/exec?command=echo&command=hello&stdout=true "+
+		"HTTP/1.1\r\nHost: "+api+"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
 		"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n")
 	r := bufio.NewReader(conn)
 	response, err := http.ReadResponse(r, nil)
@@ -299,10 +323,11 @@ func traces(t *testing.T) map[string][]string {
 		"iptables rules": output("sh", "-c", "iptables -S; iptables -t nat -S; ip6tables -S"),
 		"mounts":         output("sh", "-c", "cut -d' ' -f5 /proc/self/mountinfo"),
 		"cgroups":        output("sh", "-c", "ls -d /sys/fs/cgroup/* /sys/fs/cgroup/*/*/"),
-		"files":          output("sh", "-c", "ls -d /run/* /run/netns/* /run/containerd/s/* /var/lib/* /var/log/* 2>/dev/null; true"),
+		"files": output("sh", "-c", "ls -d /run/* /run/netns/* /run/containerd/* /run/containerd/s/* /var/lib/* "+
+			"/var/log/* 2>/dev/null; true"),
 		"settings": output("sh", "-c", "cd /proc/sys; grep . net/ipv4/ip_forward net/ipv4/conf/*/route_localnet "+
-			"net/bridge/* net/netfilter/nf_conntrack_max vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_max* "+
-			"2>/dev/null; true"),
+			"net/bridge/* net/netfilter/nf_conntrack_max vm/overcommit_memory vm/panic_on_oom kernel/panic "+
+			"kernel/panic_on_oops kernel/keys/root_max* 2>/dev/null; true"),
 	}
 	for _, pid := range append(processes(t), mentioning(t, "/proc/[0-9]*/cgroup", "sallyport-cluster")...) {
 		all["processes"] = append(all["processes"], strconv.Itoa(pid))
