@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -119,6 +120,7 @@ func (c cluster) up(ctx context.Context) error {
 	}
 	defer release()
 	if !c.isRunning(ctx) {
+		keepFiles()
 		if err := c.check(); err != nil {
 			return err
 		}
@@ -135,6 +137,16 @@ func (c cluster) up(ctx context.Context) error {
 	}
 	fmt.Printf("export KUBECONFIG=%s\n", c.kubeconfig("admin"))
 	return nil
+}
+
+// keepFiles keeps from the parts the files that our caller has open, such as a lock's: they would hold it while they run.
+func keepFiles() {
+	names, _ := filepath.Glob("/proc/self/fd/*")
+	for _, name := range names {
+		if fd, err := strconv.Atoi(filepath.Base(name)); err == nil && fd > 2 {
+			syscall.CloseOnExec(fd)
+		}
+	}
 }
 
 func (c cluster) isRunning(ctx context.Context) bool {
