@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -80,18 +81,31 @@ func (c cluster) clear() error {
 		syscall.Unmount(mount, syscall.MNT_DETACH)
 	}
 	removeCgroups()
-	for run(append([]string{"iptables", "-w", "-D"}, forwardRule...)...) == nil {
+	for strings.Contains(forwardRules(), "-i "+bridge) {
+		if err := run(append([]string{"iptables", "-w", "-D"}, forwardRule...)...); err != nil {
+			errs = append(errs, err)
+			break
+		}
 	}
-	// No error where there is none. What is left is told below.
+	// No error where there is none: what is left is told below.
 	run("ip", "link", "delete", bridge)
 	run("nft", "delete", "table", "ip", "kube-proxy")
 	run("nft", "delete", "table", "ip6", "kube-proxy")
+
+	// The sockets of shims that were killed are in a place of all containerds.
+	addresses, _ := filepath.Glob(c.path("containerd/state/io.containerd.runtime.v2.task/k8s.io/*/address"))
+	for _, file := range addresses {
+		address, _ := os.ReadFile(file)
+		if socket, ok := strings.CutPrefix(string(address), "unix:///run/containerd/s/"); ok {
+			os.Remove(filepath.Join("/run/containerd/s", filepath.Base(socket)))
+		}
+	}
 
 	errs = append(errs, c.restore())
 	if mounts := c.mounts(); len(mounts) > 0 {
 		return errors.Join(append(errs, fmt.Errorf("still mounted: %s", strings.Join(mounts, " ")))...)
 	}
-	if _, err := os.Stat("/sys/class/net/" + bridge); err == nil {
+	if _, err := net.InterfaceByName(bridge); err == nil {
 		errs = append(errs, fmt.Errorf("the link %s can't be deleted", bridge))
 	}
 	if err := errors.Join(errs...); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -41,6 +42,10 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "DIR/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      Root = "DIR/containerd/runc"
 `
 
 // cniConfig gives a pod a leg on the bridge and a route to the services. There is no default route: a pod reaches pods,
@@ -110,6 +115,12 @@ conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
 // forwardRule lets pods reach each other where bridged packets pass iptables and Docker has set the policy to DROP.
 var forwardRule = []string{"FORWARD", "-i", bridge, "-o", bridge, "-m", "comment", "--comment", bridge, "-j", "ACCEPT"}
 
+// forwardRules is what iptables says of forwarding. Adding or deleting a rule would make a table where there is none.
+func forwardRules() string {
+	out, _ := exec.Command("iptables", "-w", "-S", "FORWARD").Output()
+	return strings.TrimSpace(string(out))
+}
+
 // up starts the cluster unless it runs already, and prints the line that sets KUBECONFIG.
 func (c cluster) up(ctx context.Context) error {
 	ctx, cancel := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
@@ -127,7 +138,7 @@ func (c cluster) up(ctx context.Context) error {
 		if err := c.clear(); err != nil {
 			return fmt.Errorf("clear what an earlier one left: %w", err)
 		}
-		if _, err := os.Stat("/sys/class/net/" + bridge); err == nil {
+		if _, err := net.InterfaceByName(bridge); err == nil {
 			return fmt.Errorf("the link %s is there: another cluster of this kind, with a SALLYPORT_CLUSTER_DIR of its "+
 				"own, runs on this machine", bridge)
 		}
@@ -315,13 +326,15 @@ func (c cluster) prepare() error {
 		{"ip", "link", "add", bridge, "type", "bridge"},
 		{"ip", "address", "add", nodeIP + "/" + bits, "dev", bridge},
 		{"ip", "link", "set", bridge, "up"},
-		append([]string{"iptables", "-w", "-I"}, forwardRule...),
 	} {
 		if err := run(argv...); err != nil {
 			return err
 		}
 	}
-	return nil
+	if forwardRules() == "-P FORWARD ACCEPT" {
+		return nil
+	}
+	return run(append([]string{"iptables", "-w", "-I"}, forwardRule...)...)
 }
 
 func get(ctx context.Context, transport http.RoundTripper, url string) error {
