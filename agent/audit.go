@@ -43,6 +43,7 @@ func (s *server) serveReports(stream *yamux.Stream, t terms) {
 		s.session.Close()
 		return
 	}
+	rec.relay = s.relay
 	rec.reports = newReports(stream, t.Strict, time.Duration(t.Limit))
 	rec.fail = func(err error) {
 		rec.reports.fail(err)

@@ -31,10 +31,12 @@ func RunChild() {
 		os.Exit(probeChild())
 	case sftpName:
 		err = serveSFTP()
+	case relayName:
+		err = relayCommand(os.Args[1:])
 	case serveName:
 		// A gate that goes away is how each of these ends: nothing to tell.
-		if serveCommand(os.Args[1:]) != nil {
-			os.Exit(1)
+		if err := serveCommand(os.Args[1:]); err != nil {
+			os.Exit(exitCode(err))
 		}
 		os.Exit(0)
 	default:
@@ -62,14 +64,35 @@ func Main(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stdout, "sallyport-agent protocol", Version)
 	case len(args) > 1 && args[1] == "serve":
 		err = serveCommand(args[2:])
+	case len(args) > 1 && args[1] == "relay":
+		err = relayCommand(args[2:])
 	default:
-		err = errors.New("usage: sallyport-agent serve --key KEY --socket PATH | version")
+		err = errors.New("usage: sallyport-agent serve --key KEY (--socket PATH | --relay PATH) | relay --socket PATH | version")
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "sallyport-agent:", err)
-		return 1
+		return exitCode(err)
 	}
 	return 0
+}
+
+func exitCode(err error) int {
+	if errors.Is(err, errRelayGone) {
+		return ExitRelay
+	}
+	return 1
+}
+
+// relayCommand parses the command line of a relay.
+func relayCommand(args []string) error {
+	f := flag.NewFlagSet("relay", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	socket := f.String("socket", RelaySocket, "path of the agent's socket")
+	pid := f.Int("pid", 1, "the agent's process")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	return relay(*socket, *pid)
 }
 
 // serveCommand parses the command line of an agent.
@@ -82,6 +105,7 @@ func serveCommand(args []string) error {
 		fd   = f.Int("fd", -1, "descriptor of the stream to the gate, instead of a socket's path")
 	)
 	f.StringVar(&c.Socket, "socket", "", "path of the gate's socket")
+	f.StringVar(&c.Relay, "relay", "", "path of a socket to be made for a relay, instead of the gate's")
 	f.StringVar(&c.Home, "home", "", "home directory")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -99,8 +123,8 @@ func serveCommand(args []string) error {
 		if err != nil {
 			return fmt.Errorf("--fd: %w", err)
 		}
-	} else if c.Socket == "" {
-		return errors.New("--socket is missing")
+	} else if (c.Socket == "") == (c.Relay == "") {
+		return errors.New("either --socket or --relay is needed")
 	}
 	return Serve(c)
 }

@@ -50,17 +50,9 @@ func newHander(stream net.Conn) (*hander, *os.File, error) {
 	if !ok {
 		return nil, nil, nil
 	}
-	raw, err := u.SyscallConn()
+	peer, err := peerOf(u)
 	if err != nil {
-		return nil, nil, err
-	}
-	var peer *unix.Ucred
-	var perr error
-	if err := raw.Control(func(fd uintptr) { peer, perr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return nil, nil, err
-	}
-	if perr != nil {
-		return nil, nil, fmt.Errorf("who is the agent: %w", perr)
+		return nil, nil, fmt.Errorf("who is the agent: %w", err)
 	}
 	conn, far, err := packetPair()
 	if err != nil {

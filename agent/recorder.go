@@ -51,6 +51,7 @@ type recorder struct {
 	exits     bool        // the kernel does not keep exit statuses for pidfds (before Linux 6.15): exit_group is notified
 	pollFirst bool        // the kernel does not tell a waiting receiver that no process is left (before Linux 6.11)
 	uid       uint32
+	relay     proc        // from outside, and known
 	epoll     int         // pidfds of tracked processes
 	noVM      atomic.Bool // see memory
 	oneRoot   bool        // all processes have this one's root directory
@@ -879,7 +880,7 @@ func (r *recorder) scan() {
 		now, suspected := make(map[proc]bool), make(map[proc]bool)
 		for _, p := range table {
 			there[p.pid] = true
-			if p.pid == os.Getpid() || p.zombie {
+			if p.pid == os.Getpid() || p.zombie || key(p) == r.relay {
 				continue
 			}
 			s := readStatus(p.pid, &path)

@@ -31,6 +31,7 @@ const (
 type Config struct {
 	Key    ed25519.PublicKey // whoever holds its private half is the gate
 	Socket string            // path of the gate's socket
+	Relay  string            // instead of Socket: path of a socket to be made, for a relay
 	Conn   net.Conn          // instead of Socket
 	Home   string            // directory of the session's processes; empty: as the environment or the image says
 }
@@ -46,9 +47,18 @@ func Serve(config Config) error {
 	ctx, cancel := context.WithTimeout(context.Background(), handshakeLimit)
 	defer cancel()
 	conn := config.Conn
-	if conn == nil {
-		var err error
-		if conn, err = dial(ctx, config.Socket); err != nil {
+	var handed *relayed
+	var err error
+	switch {
+	case conn != nil:
+	case config.Relay != "":
+		if handed, err = takeRelay(ctx, config.Relay); err != nil {
+			return err
+		}
+		defer handed.peer.Close()
+		conn = handed.Conn
+	default:
+		if conn, err = dial(ctx, "unix", config.Socket); err != nil {
 			return err
 		}
 	}
@@ -74,10 +84,22 @@ func Serve(config Config) error {
 	defer session.Close()
 	r := newReaper(stop)
 	server := newServer(session, pipes, r, config.Home)
-	if config.Socket != "" {
+	if config.Conn == nil {
 		server.own = ownDirs(config.Socket)
 	}
+	var gone atomic.Bool
+	if handed != nil {
+		server.relay = handed.who
+		go func() {
+			handed.wait()
+			gone.Store(!session.IsClosed())
+			session.Close()
+		}()
+	}
 	err = server.serve(limit)
+	if gone.Load() {
+		err = errRelayGone
+	}
 	endAll(r, endGrace)
 	return err
 }
@@ -100,16 +122,16 @@ func prepare() error {
 	return nil
 }
 
-// dial tries until the gate answers or ctx ends.
-func dial(ctx context.Context, path string) (net.Conn, error) {
+// dial tries until somebody listens or ctx ends.
+func dial(ctx context.Context, network, path string) (net.Conn, error) {
 	for {
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
+		conn, err := new(net.Dialer).DialContext(ctx, network, path)
 		if err == nil {
 			return conn, nil
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("reach the gate: %w", err)
+			return nil, fmt.Errorf("dial: %w", err)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -121,6 +143,7 @@ type server struct {
 	pipes   *taker // nil: the gate gives none
 	reaper  *reaper
 	audit   atomic.Pointer[recorder] // nil: what is executed is not reported
+	relay   proc                     // the process from outside that is known; zero: none
 	pace    pace
 	env     []string
 	home    string

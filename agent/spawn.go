@@ -20,6 +20,7 @@ const (
 	stage2Name = "agent-stage2"
 	sftpName   = "agent-sftp"
 	serveName  = "agent-serve"
+	relayName  = "agent-relay"
 	probeName  = "agent-probe"
 )
 

@@ -25,9 +25,13 @@ var (
 	errOwn  = errors.New("a path of the agent's own")
 )
 
-// ownDirs gives the directories of an agent that is reached through a socket: that one's, and its own file's.
+// ownDirs gives the directories of an agent's own: its file's, and its socket's if it is reached through one. A relay's socket
+// is gone before a session begins.
 func ownDirs(socket string) []string {
-	dirs := []string{path.Dir(path.Clean(socket))}
+	var dirs []string
+	if socket != "" {
+		dirs = append(dirs, path.Dir(path.Clean(socket)))
+	}
 	if exe, err := os.Readlink(self); err == nil {
 		dirs = append(dirs, path.Dir(exe))
 	}
@@ -113,7 +117,7 @@ func listenUnix(name string, own []string) (net.Listener, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	l, remove, err := listenIn(dir, path.Base(name))
+	l, remove, err := listenIn("unix", dir, path.Base(name))
 	if err != nil {
 		dir.close()
 		return nil, nil, err
@@ -122,7 +126,7 @@ func listenUnix(name string, own []string) (net.Listener, func(), error) {
 }
 
 // listenIn listens in a directory that was looked up.
-func listenIn(dir place, base string) (net.Listener, func(), error) {
+func listenIn(network string, dir place, base string) (net.Listener, func(), error) {
 	if base == "." || base == ".." || base == "/" {
 		return nil, nil, errPath
 	}
@@ -134,7 +138,7 @@ func listenIn(dir place, base string) (net.Listener, func(), error) {
 		}
 		return err
 	}}
-	l, err := c.Listen(context.Background(), "unix", dir.name()+"/"+base)
+	l, err := c.Listen(context.Background(), network, dir.name()+"/"+base)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -182,7 +186,7 @@ func listenPrivate(own []string) (net.Listener, func(), string, error) {
 	}
 	l, remove, err := net.Listener(nil), func() {}, dir.check(own)
 	if err == nil {
-		l, remove, err = listenIn(dir, base)
+		l, remove, err = listenIn("unix", dir, base)
 	}
 	if err != nil {
 		removeDir()

@@ -31,6 +31,8 @@ type Memory struct {
 	StartErr atomic.Pointer[error]
 	// Streams has the bytes of all processes travel on the agent's stream, as where it comes over no unix socket.
 	Streams bool
+	// Relay has the stream handed to the agent by a relay, as where an engine starts one.
+	Relay bool
 
 	started atomic.Int64
 	running atomic.Int64
@@ -57,25 +59,35 @@ func (m *Memory) Start(ctx context.Context, spec backends.Spec) (backends.Sandbo
 	if err != nil {
 		return nil, err
 	}
-	ours, theirs, err := socketPair()
+	ours, theirs, err := m.stream()
 	if err != nil {
 		return nil, err
 	}
-	defer theirs.Close()
+	defer func() {
+		for _, f := range theirs {
+			f.Close()
+		}
+	}()
 	base, err := os.MkdirTemp("", "sandbox-")
 	if err != nil {
 		ours.Close()
 		return nil, err
+	}
+	way := []string{"--fd", "3"}
+	if m.Relay {
+		way = []string{"--relay", filepath.Join(base, "relay")}
 	}
 	home := spec.Template.Home
 	if home == "" {
 		home = base
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{"agent-serve", "--fd", "3", "--home", home, "--key", base64.StdEncoding.EncodeToString(public)}
+	cmd.Args = append([]string{"agent-serve", "--home", home, "--key", base64.StdEncoding.EncodeToString(public)}, way...)
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, spec.Template.Env...)
 	cmd.Dir = base
-	cmd.ExtraFiles = []*os.File{theirs}
+	if !m.Relay {
+		cmd.ExtraFiles = theirs
+	}
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
@@ -90,7 +102,17 @@ func (m *Memory) Start(ctx context.Context, spec backends.Spec) (backends.Sandbo
 		cmd.Wait() // the agent's exit code says nothing that the stream's end does not
 		close(s.exited)
 	}()
-	theirs.Close()
+	if m.Relay {
+		if err := s.startRelay(theirs, way[1]); err != nil {
+			ours.Close()
+			s.cmd.Process.Kill()
+			s.remove()
+			return nil, err
+		}
+	}
+	for _, f := range theirs {
+		f.Close()
+	}
 	if m.Streams {
 		ours = struct{ net.Conn }{ours}
 	}
@@ -102,6 +124,45 @@ func (m *Memory) Start(ctx context.Context, spec backends.Spec) (backends.Sandbo
 		return nil, err
 	}
 	return s, nil
+}
+
+// stream makes a stream: the gate's end of it, and the agent's as files.
+func (m *Memory) stream() (net.Conn, []*os.File, error) {
+	if !m.Relay {
+		ours, theirs, err := socketPair()
+		return ours, []*os.File{theirs}, err
+	}
+	stdin, in, err := os.Pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer in.Close()
+	out, stdout, err := os.Pipe()
+	if err != nil {
+		stdin.Close()
+		return nil, nil, err
+	}
+	defer out.Close()
+	ours, err := agent.NewPipeConn(out, in)
+	if err != nil {
+		stdin.Close()
+		stdout.Close()
+		return nil, nil, err
+	}
+	return ours, []*os.File{stdin, stdout}, nil
+}
+
+// startRelay starts the relay of the agent that waits at the path.
+func (s *memorySandbox) startRelay(stdio []*os.File, path string) error {
+	s.relay = exec.Command("/proc/self/exe")
+	s.relay.Args = []string{"agent-relay", "--socket", path, "--pid", strconv.Itoa(s.cmd.Process.Pid)}
+	s.relay.Stdin, s.relay.Stdout, s.relay.Stderr = stdio[0], stdio[1], os.Stderr
+	s.relay.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := s.relay.Start(); err != nil {
+		s.relay = nil
+		return fmt.Errorf("start relay: %w", err)
+	}
+	return nil
 }
 
 func socketPair() (net.Conn, *os.File, error) {
@@ -126,6 +187,7 @@ type memorySandbox struct {
 	base    string // directory, removed at the end
 	image   string
 	cmd     *exec.Cmd
+	relay   *exec.Cmd     // nil: none
 	exited  chan struct{} // closed when cmd has been waited for
 	gone    sync.Once
 }
@@ -173,6 +235,9 @@ func (s *memorySandbox) remove() {
 		case <-time.After(10 * time.Second):
 			s.cmd.Process.Kill()
 			<-s.exited
+		}
+		if s.relay != nil {
+			s.relay.Wait() // it ends with the agent
 		}
 		os.RemoveAll(s.base)
 		s.backend.running.Add(-1)

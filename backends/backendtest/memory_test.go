@@ -14,9 +14,9 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// Both ways in which the bytes of processes travel.
+// The ways in which the bytes of processes travel.
 func TestMemory(t *testing.T) {
-	for name, m := range map[string]*Memory{"Pipes": {}, "Streams": {Streams: true}} {
+	for name, m := range map[string]*Memory{"Pipes": {}, "Streams": {Streams: true}, "Relay": {Relay: true}} {
 		t.Run(name, func(t *testing.T) {
 			Run(t, Subject{
 				Backend: m,
