@@ -15,7 +15,6 @@ import (
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
-	"github.com/sallyport/sallyport/backends/docker"
 	"github.com/sallyport/sallyport/config"
 	"github.com/sallyport/sallyport/sshserver"
 )
@@ -80,12 +79,12 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	backend, err := docker.New(ctx, cfg.Docker, cfg.Gate, quiet)
+	backend, err := openBackend(ctx, cfg, cfg.Gate, quiet)
 	if err == nil {
 		err = backend.Ready(ctx)
 		backend.Close()
 	}
-	say("docker", err)
+	say(cfg.Backend, err)
 	_, err = auditlog.LoadKey(cfg.Audit.Key)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil // as the host keys
