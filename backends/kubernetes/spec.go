@@ -37,6 +37,9 @@ const (
 	agentRoom = 32 << 20
 )
 
+// agentUID owns the agent's file, in its image and in the volume; no session has it.
+const agentUID = 65532
+
 // Names in a pod.
 const (
 	mainContainer = "sandbox"
@@ -137,6 +140,9 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 	}
 	if t.UID == 0 && !c.AllowRoot {
 		return spec, refused("uid 0 is not permitted (allow_root)")
+	}
+	if t.UID == agentUID {
+		return spec, refused("uid %d is the agent's own", t.UID)
 	}
 	for _, name := range t.Caps {
 		if reason := neverCap(name); reason != "" {
@@ -272,6 +278,10 @@ func (b *Backend) checkMounts(t *backends.Template) error {
 			if overlap(p, special) {
 				return refused("target %q is not the profile's to fill", p)
 			}
+		}
+		// What lies in a directory that the session writes could be moved away; and the agent has its socket in /tmp.
+		if below(p, "/tmp") && p != "/tmp" {
+			return refused("target %q lies below /tmp", p)
 		}
 		if slices.Contains(taken, p) {
 			return refused("target %q is mounted twice", p)
@@ -477,12 +487,7 @@ func inject(p *corev1.PodSpec, main *corev1.Container, c Config, t backends.Temp
 		return
 	}
 	p.Volumes = append(p.Volumes, memory(agentVolume, agentRoom))
-	// The file's owner is not the session's uid, which besides could not reach it for writing.
-	owner := int64(65532)
-	if t.UID == 65532 {
-		owner--
-	}
-	no, yes := false, true
+	no, yes, owner := false, true, int64(agentUID)
 	p.InitContainers = []corev1.Container{{
 		Name: initContainer, Image: c.AgentImage, ImagePullPolicy: corev1.PullIfNotPresent,
 		Command:      []string{"/agent", "install", insideDir},
