@@ -116,11 +116,15 @@ func (k *cluster) client(resource string) *rest.RESTClient {
 	return k.core
 }
 
-// asked bounds a request, and says in an error which of the two bounds it met.
+// asked bounds a request, and says in an error which of the two bounds it met. One that was refused for a token that is not
+// valid any more is made again: the refusal has the file read again that holds the new one.
 func asked(ctx context.Context, f func(context.Context) error) error {
 	bounded, stop := context.WithTimeoutCause(ctx, answerWait, errNoAnswer)
 	defer stop()
 	err := f(bounded)
+	if apierrors.IsUnauthorized(err) {
+		err = f(bounded)
+	}
 	if err != nil && ctx.Err() == nil && bounded.Err() != nil {
 		return fmt.Errorf("%w: %w", errNoAnswer, err)
 	}

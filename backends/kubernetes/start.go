@@ -252,6 +252,7 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 	began := time.Now()
 	looked := began
 	var last error
+	unauthorized := 0 // once in a row is a token that has just been renewed
 	spdy := s.backend.cluster.spdy.found.Load()
 	for {
 		client, err := s.try(ctx, spdy, key, hello)
@@ -278,6 +279,8 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 		wait := attempts(time.Since(began))
 		switch status := answered(err); {
 		case status == nil:
+		case apierrors.IsUnauthorized(status) && unauthorized == 0:
+			unauthorized++
 		case apierrors.IsForbidden(status), apierrors.IsUnauthorized(status):
 			return &backends.StartError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
 		case apierrors.IsNotFound(status) && status.Status().Details != nil && status.Status().Details.Kind == "pods":
