@@ -47,7 +47,12 @@ func build(dir string, race bool) error {
 }
 
 func run(m *testing.M) int {
-	if err := exec.Command("docker", "version").Run(); err != nil {
+	if onKubernetes {
+		if err := clusterAnswers(); err != nil {
+			fmt.Fprintln(os.Stderr, "test:", err)
+			return 1
+		}
+	} else if err := exec.Command("docker", "version").Run(); err != nil {
 		if os.Getenv("SALLYPORT_REQUIRE_DOCKER") != "" {
 			fmt.Fprintln(os.Stderr, "test: no Docker engine answers, and SALLYPORT_REQUIRE_DOCKER is set")
 			return 1
@@ -63,7 +68,7 @@ func run(m *testing.M) int {
 	defer os.RemoveAll(dir)
 	binaries = dir
 	if !noEngine {
-		if err := build(dir, true); err != nil {
+		if err := errors.Join(build(dir, true), writeHelpers(dir)); err != nil {
 			fmt.Fprintln(os.Stderr, "test:", err)
 			return 1
 		}
@@ -123,6 +128,8 @@ type state struct {
 	jobs  map[string]*exec.Cmd
 	since time.Time      // when it was made
 	s3    *s3test.Server // of scripts that start one
+
+	version string // of the namespace's pods when it was made, on Kubernetes
 }
 
 type stateKey struct{}
@@ -140,6 +147,10 @@ func setUp(env *testscript.Env) error {
 	env.Setenv("DATA", filepath.Join(env.WorkDir, "data"))
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("IMAGE", image())
+	env.Setenv("BACKEND", "docker")
+	if onKubernetes {
+		env.Setenv("BACKEND", "kubernetes")
+	}
 	env.Setenv("TERM", "xterm")
 	env.Defer(func() {
 		for _, j := range s.jobs {
@@ -177,12 +188,25 @@ func newState(dir string) (*state, error) {
 			return nil, fmt.Errorf("ssh-keygen: %w: %s", err, out)
 		}
 	}
+	if onKubernetes {
+		if err := s.makeNamespace(); err != nil {
+			return nil, err
+		}
+	}
 	pub := func(name string) string {
 		b, err := os.ReadFile(filepath.Join(dir, name+".key.pub"))
 		if err != nil {
 			return ""
 		}
 		return strings.TrimSpace(string(b))
+	}
+	profile := map[string]any{
+		"image": image(), "memory": "4Gi", "pids": 512,
+		"mounts": []any{map[string]any{"source": filepath.Join(dir, "production"), "target": "/production"}},
+		"permit": map[string]any{"shell": true, "exec": true, "sftp": true, "env": []string{"LANG", "LC_*", "GIT_PROTOCOL"}},
+	}
+	if onKubernetes {
+		delete(profile, "pids") // a pod has no limit of its own
 	}
 	write := func(name, text string) error {
 		return os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600)
@@ -200,18 +224,12 @@ policy:
 audit:
   store:
     directory: log
-docker:
-  bind_prefixes: [production]
 monitor:
   listen: ""
-`, s.name, port)),
+%s`, s.name, port, s.backendConfig())),
 		writeJSON(filepath.Join(dir, "data/users/alice.json"), map[string]any{"keys": []string{pub("alice")}}),
 		writeJSON(filepath.Join(dir, "data/users/mallory.json"), map[string]any{"keys": []string{pub("mallory")}}),
-		writeJSON(filepath.Join(dir, "data/profiles/debug.json"), map[string]any{
-			"image": image(), "memory": "4Gi", "pids": 512,
-			"mounts": []any{map[string]any{"source": filepath.Join(dir, "production"), "target": "/production"}},
-			"permit": map[string]any{"shell": true, "exec": true, "sftp": true, "env": []string{"LANG", "LC_*", "GIT_PROTOCOL"}},
-		}),
+		writeJSON(filepath.Join(dir, "data/profiles/debug.json"), profile),
 		s.grant("alice", "OPS-1", "debug", -time.Minute, time.Hour),
 		s.sshConfig("alice"),
 	)
@@ -222,7 +240,10 @@ func (s *state) end() error {
 	err := s.stop(syscall.SIGTERM)
 	left, lerr := s.left()
 	if len(left) > 0 {
-		lerr = errors.Join(lerr, fmt.Errorf("containers left behind: %v", left))
+		lerr = errors.Join(lerr, fmt.Errorf("sandboxes left behind: %v", left))
+	}
+	if onKubernetes {
+		lerr = errors.Join(lerr, s.removeNamespace())
 	}
 	return errors.Join(err, lerr)
 }
@@ -328,8 +349,11 @@ func (s *state) server() string {
 	return s.name + "-" + strings.TrimSpace(string(b))
 }
 
-// own are the containers of this script's gate.
+// own are the sandboxes of this script's gate.
 func (s *state) own() ([]string, error) {
+	if onKubernetes {
+		return s.ownPods()
+	}
 	out, err := exec.Command("docker", "ps", "-aq", "--no-trunc", "--filter", "label=sallyport.server="+s.server()).Output()
 	if err != nil {
 		return nil, fmt.Errorf("docker ps: %w", err)
@@ -525,9 +549,18 @@ func cmdSandboxes(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Fatalf("sandboxes: have %v (%v), want %d", own, err, want)
 }
 
-// cmdMade: made N: this gate has had N containers created since its directory was made, as the engine's events tell.
+// cmdMade: made N: this gate has had N sandboxes created since its directory was made, as the engine's events tell, or the
+// cluster's.
 func cmdMade(ts *testscript.TestScript, neg bool, args []string) {
 	s := get(ts)
+	if onKubernetes {
+		n, err := s.madePods()
+		ts.Check(err)
+		if strconv.Itoa(n) != args[0] {
+			ts.Fatalf("made: %d pods were created, want %s", n, args[0])
+		}
+		return
+	}
 	out, err := exec.Command("docker", "events", "--since", strconv.FormatInt(s.since.Unix(), 10), "--until", "0s",
 		"--filter", "event=create", "--filter", "label=sallyport.server="+s.server()).Output()
 	ts.Check(err)

@@ -68,6 +68,7 @@ type Config struct {
 
 	Memory     Size    `yaml:"memory"`      // where a profile names none; default 512Mi
 	CPUs       float64 `yaml:"cpus"`        // where a profile names none; default 1
+	CPUShare   float64 `yaml:"cpu_share"`   // the part of the CPU limit that is requested too; default 1
 	Storage    Size    `yaml:"storage"`     // ephemeral storage, a scratch volume included; default 1Gi
 	MaxMemory  Size    `yaml:"max_memory"`  // largest permitted; default 8Gi
 	MaxCPUs    float64 `yaml:"max_cpus"`    // largest permitted; default 8
@@ -132,6 +133,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.CPUs == 0 {
 		c.CPUs = 1
+	}
+	if c.CPUShare == 0 {
+		c.CPUShare = 1
 	}
 	if c.MaxCPUs == 0 {
 		c.MaxCPUs = 8
@@ -217,6 +221,9 @@ func (c Config) Validate() error {
 	}
 	if c.CPUs < minCPUs || c.CPUs > c.MaxCPUs {
 		bad("cpus: must be from %v to max_cpus", minCPUs)
+	}
+	if !(c.CPUShare >= minCPUs && c.CPUShare <= 1) {
+		bad("cpu_share: must be from %v to 1", minCPUs)
 	}
 	if c.Storage < minStorage || c.Storage > c.MaxStorage {
 		bad("storage: must be from %v to max_storage", Size(minStorage))

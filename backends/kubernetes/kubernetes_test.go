@@ -165,7 +165,7 @@ func newBackend(t testing.TB, change func(*Config)) *Backend {
 func newGate(t testing.TB, gate string, change func(*Config)) (*Backend, func()) {
 	t.Helper()
 	requireCluster(t)
-	config := Config{Kubeconfig: kubeconfig(), Namespace: fixture.ns}
+	config := Config{Kubeconfig: kubeconfig(), Namespace: fixture.ns, CPUShare: 0.02}
 	if change != nil {
 		change(&config)
 	}

@@ -449,7 +449,7 @@ func build(spec backends.Spec, c Config, gate, key string, at slot) *corev1.Pod 
 		Args:       []string{"serve", "--key", key, "--relay", insideRelay, "--home", t.Home},
 		WorkingDir: "/",
 		Env:        environment(t.Env),
-		Resources:  resources(t.Memory, t.CPUs, storage),
+		Resources:  resources(c, t.Memory, t.CPUs, storage),
 		VolumeMounts: []corev1.VolumeMount{
 			{Name: tmpVolume, MountPath: "/tmp"},
 			{Name: homeVolume, MountPath: t.Home},
@@ -491,7 +491,7 @@ func inject(p *corev1.PodSpec, main *corev1.Container, c Config, t backends.Temp
 	p.InitContainers = []corev1.Container{{
 		Name: initContainer, Image: c.AgentImage, ImagePullPolicy: corev1.PullIfNotPresent,
 		Command:      []string{"/agent", "install", insideDir},
-		Resources:    resources(minMemory, t.CPUs, minStorage),
+		Resources:    resources(c, minMemory, t.CPUs, minStorage),
 		VolumeMounts: []corev1.VolumeMount{{Name: agentVolume, MountPath: insideDir}},
 		SecurityContext: &corev1.SecurityContext{
 			RunAsUser: &owner, RunAsGroup: &owner, RunAsNonRoot: &yes,
@@ -576,13 +576,16 @@ func hostAliases(lines []string) (aliases []corev1.HostAlias) {
 }
 
 // resources are requested as they are limited: nobody's sandbox is the first to be evicted, or runs on what others may want.
-func resources(memory int64, cpus float64, storage int64) corev1.ResourceRequirements {
-	list := corev1.ResourceList{
-		corev1.ResourceMemory:           *quantity(memory),
-		corev1.ResourceCPU:              *resource.NewMilliQuantity(int64(cpus*1000), resource.DecimalSI),
-		corev1.ResourceEphemeralStorage: *quantity(storage),
+// The operator may have less of a CPU requested, which waiting can't break.
+func resources(c Config, memory int64, cpus float64, storage int64) corev1.ResourceRequirements {
+	list := func(cpus float64) corev1.ResourceList {
+		return corev1.ResourceList{
+			corev1.ResourceMemory:           *quantity(memory),
+			corev1.ResourceCPU:              *resource.NewMilliQuantity(max(int64(cpus*1000), 1), resource.DecimalSI),
+			corev1.ResourceEphemeralStorage: *quantity(storage),
+		}
 	}
-	return corev1.ResourceRequirements{Requests: list, Limits: list}
+	return corev1.ResourceRequirements{Requests: list(cpus * c.CPUShare), Limits: list(cpus)}
 }
 
 func quantity(n int64) *resource.Quantity { return resource.NewQuantity(n, resource.BinarySI) }

@@ -169,6 +169,7 @@ func TestConfig(t *testing.T) {
 		"memory: must":       {Memory: 9 << 30},
 		"cpus: must":         {CPUs: -1},
 		"storage: must":      {Storage: 1},
+		"cpu_share":          {CPUShare: 2},
 		"node_pids":          {NodePIDs: -1},
 		"max_per_user":       {MaxPerUser: 1001},
 		"max_session":        {MaxSession: time.Second},
