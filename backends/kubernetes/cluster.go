@@ -135,7 +135,7 @@ var errNoAnswer = errors.New("the API server gave no answer in " + answerWait.St
 
 func (k *cluster) list(ctx context.Context, ns, resource string, o listOptions, into runtime.Object) error {
 	return asked(ctx, func(ctx context.Context) error {
-		return k.client(resource).Get().Namespace(ns).Resource(resource).MaxRetries(tries).VersionedParams(&metav1.ListOptions{
+		return k.client(resource).Get().NamespaceIfScoped(ns, ns != "").Resource(resource).MaxRetries(tries).VersionedParams(&metav1.ListOptions{
 			LabelSelector: o.labels, FieldSelector: o.fields, Limit: o.limit,
 		}, k.params).Do(ctx).Into(into)
 	})
@@ -143,19 +143,19 @@ func (k *cluster) list(ctx context.Context, ns, resource string, o listOptions, 
 
 func (k *cluster) get(ctx context.Context, ns, resource, name string, into runtime.Object) error {
 	return asked(ctx, func(ctx context.Context) error {
-		return k.client(resource).Get().Namespace(ns).Resource(resource).Name(name).MaxRetries(tries).Do(ctx).Into(into)
+		return k.client(resource).Get().NamespaceIfScoped(ns, ns != "").Resource(resource).Name(name).MaxRetries(tries).Do(ctx).Into(into)
 	})
 }
 
 func (k *cluster) create(ctx context.Context, ns, resource string, o, into runtime.Object) error {
 	return asked(ctx, func(ctx context.Context) error {
-		return k.client(resource).Post().Namespace(ns).Resource(resource).MaxRetries(tries).Body(o).Do(ctx).Into(into)
+		return k.client(resource).Post().NamespaceIfScoped(ns, ns != "").Resource(resource).MaxRetries(tries).Body(o).Do(ctx).Into(into)
 	})
 }
 
 func (k *cluster) update(ctx context.Context, ns, resource, name string, o, into runtime.Object) error {
 	return asked(ctx, func(ctx context.Context) error {
-		return k.client(resource).Put().Namespace(ns).Resource(resource).Name(name).MaxRetries(tries).Body(o).Do(ctx).Into(into)
+		return k.client(resource).Put().NamespaceIfScoped(ns, ns != "").Resource(resource).Name(name).MaxRetries(tries).Body(o).Do(ctx).Into(into)
 	})
 }
 
@@ -163,7 +163,7 @@ func (k *cluster) update(ctx context.Context, ns, resource, name string, o, into
 func (k *cluster) deletePod(ctx context.Context, ns, name string, uid types.UID) error {
 	now := int64(0)
 	err := asked(ctx, func(ctx context.Context) error {
-		return k.core.Delete().Namespace(ns).Resource("pods").Name(name).MaxRetries(tries).Body(&metav1.DeleteOptions{
+		return k.core.Delete().NamespaceIfScoped(ns, ns != "").Resource("pods").Name(name).MaxRetries(tries).Body(&metav1.DeleteOptions{
 			GracePeriodSeconds: &now, Preconditions: &metav1.Preconditions{UID: &uid},
 		}).Do(ctx).Error()
 	})
@@ -178,7 +178,7 @@ const watchFor = 10 * time.Minute
 
 func (k *cluster) watchPods(ctx context.Context, ns, labels, version string) (watch.Interface, error) {
 	seconds := int64(watchFor / time.Second)
-	return k.core.Get().Namespace(ns).Resource("pods").MaxRetries(0).VersionedParams(&metav1.ListOptions{
+	return k.core.Get().NamespaceIfScoped(ns, ns != "").Resource("pods").MaxRetries(0).VersionedParams(&metav1.ListOptions{
 		Watch: true, LabelSelector: labels, ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds,
 	}, k.params).Watch(ctx)
 }

@@ -29,7 +29,6 @@ func TestConfinement(t *testing.T) {
 		{"touch /x", "Read-only file system"},
 		{"touch /.sallyport/x", "Read-only file system"},
 		{"chmod 755 /.sallyport/agent", "Read-only file system"},
-		{"mv /.sallyport /tmp/", "busy"},
 		{"stat -c '%a %u' /.sallyport/agent", "111 65532\n"},
 		{"cat /.sallyport/agent", "Permission denied"},
 		{"ls -A /tmp", ""},
@@ -58,11 +57,6 @@ func TestConfinement(t *testing.T) {
 	}
 	if s.ID() != fixture.ns+"/"+s.at.name {
 		t.Errorf("ID %q", s.ID())
-	}
-	// The API server, if it can be reached at all, knows nobody who comes from here.
-	got := sh(t, s, "wget -q -O - --no-check-certificate -T 2 https://$KUBERNETES_SERVICE_HOST:$KUBERNETES_SERVICE_PORT/api/v1/pods 2>&1; echo $?")
-	if !strings.Contains(got, "1\n") || strings.Contains(got, "PodList") {
-		t.Errorf("API server: %q", got)
 	}
 }
 

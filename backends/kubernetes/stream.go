@@ -10,9 +10,11 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/klog/v2"
 	"k8s.io/streaming/pkg/httpstream"
 )
 
@@ -46,7 +48,8 @@ func (k *cluster) exec(ctx context.Context, at slot, spdy bool, command ...strin
 		return nil, err
 	}
 	near, far := net.Pipe()
-	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	// client-go tells its own log what it also returns, each time that a relay is not there yet.
+	ctx, stop := context.WithCancel(klog.NewContext(context.WithoutCancel(ctx), logr.Discard()))
 	s := &stream{Conn: near, stop: stop, ended: make(chan struct{})}
 	go func() {
 		defer close(s.ended)
