@@ -22,6 +22,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
 )
 
 const (
@@ -47,6 +48,11 @@ func newCluster(c Config, log *slog.Logger) (*cluster, error) {
 	config, err := restConfig(c)
 	if err != nil {
 		return nil, fmt.Errorf("find the cluster: %w", err)
+	}
+	if config.BearerTokenFile != "" {
+		// As client-go does of itself, but that a token which is refused is read again at once, not a minute later.
+		config.Wrap(transport.ResettableTokenSourceWrapTransport(transport.NewCachedFileTokenSource(config.BearerTokenFile)))
+		config.BearerToken, config.BearerTokenFile = "", ""
 	}
 	config.UserAgent = "sallyport"
 	config.QPS, config.Burst = requestsPerSecond, requestsBurst

@@ -32,6 +32,7 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 
 	"github.com/sallyport/sallyport/backends"
@@ -61,7 +62,9 @@ func newFaulty(t *testing.T) *faulty {
 		t.Fatal(err)
 	}
 	// The gate's own credential goes through; the proxy has none.
-	transport, err := rest.TransportFor(rest.AnonymousClientConfig(admin))
+	anonymous := rest.AnonymousClientConfig(admin)
+	anonymous.NextProtos = []string{"http/1.1"} // HTTP/2 knows no upgrades
+	transport, err := rest.TransportFor(anonymous)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +99,7 @@ func newFaulty(t *testing.T) *faulty {
 		f.fail.Store(nil)
 		f.cut()
 		f.server.Close()
-		transport.(interface{ CloseIdleConnections() }).CloseIdleConnections()
+		utilnet.CloseIdleConnectionsFor(transport)
 	})
 
 	name := "gate-" + strings.ToLower(rand.Text()[:8])
@@ -300,6 +303,12 @@ func TestFaults(t *testing.T) {
 		if !spdy.Load() {
 			t.Error("no stream over SPDY")
 		}
+		b.cluster.spdy.found.Store(false)
+	})
+	t.Run("SPDY alone", func(t *testing.T) {
+		f.when(nil)
+		b.cluster.spdy.found.Store(true)
+		works(t)
 		b.cluster.spdy.found.Store(false)
 	})
 	t.Run("broken", func(t *testing.T) {

@@ -89,10 +89,10 @@ func policyOf(c Config, ns, network string) *networkingv1.NetworkPolicy {
 
 // ensurePolicy sees to it that the network's policy is there before a pod is.
 func (b *Backend) ensurePolicy(ctx context.Context, ns, network string) error {
-	at := slot{ns, b.config.policyName(network)}
-	if b.policies.fresh(at) {
+	if b.policies.fresh(slot{ns, network}) {
 		return nil
 	}
+	at := slot{ns, b.config.policyName(network)}
 	var err error
 	if b.config.PolicyMode == "refer" {
 		err = b.findPolicy(ctx, at, network)
@@ -102,7 +102,7 @@ func (b *Backend) ensurePolicy(ctx context.Context, ns, network string) error {
 	if err != nil {
 		return fmt.Errorf("network policy %s/%s: %w", at.namespace, at.name, err)
 	}
-	b.policies.put(at)
+	b.policies.put(slot{ns, network})
 	return nil
 }
 

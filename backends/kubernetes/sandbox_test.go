@@ -159,7 +159,7 @@ func TestFailures(t *testing.T) {
 			if !errors.As(err, &known) || !strings.Contains(known.Text, test.text) || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%v: want %q for the user, %q in the whole", err, test.text, test.want)
 			}
-			if took > 30*time.Second { // half of the time-out that it must not be
+			if took > 15*time.Second { // half of the time-out that it must not be
 				t.Errorf("took %v", took)
 			}
 			t.Logf("after %v: %v", took.Round(time.Millisecond), err)
@@ -299,7 +299,7 @@ func TestEnds(t *testing.T) {
 			if err := fixture.cluster.deletePod(ctx, s.at.namespace, s.at.name, s.uid); err != nil {
 				t.Fatal(err)
 			}
-		}, "was deleted"},
+		}, "deleted"},
 		{"deleted", func(t *testing.T, s *sandbox) {
 			if err := fixture.cluster.core.Delete().Namespace(s.at.namespace).Resource("pods").Name(s.at.name).Do(ctx).Error(); err != nil {
 				t.Fatal(err)

@@ -233,8 +233,8 @@ func attempts(since time.Duration) time.Duration {
 	return 500 * time.Millisecond
 }
 
-// lookEvery is the time between questions for the pod's events while it does not come up.
-const lookEvery = 3 * time.Second
+// lookEvery is the time between questions for the pod's events while it does not come up: most have come up before the first.
+const lookEvery = 1500 * time.Millisecond
 
 // reach gets to the agent by its relay, and proves the gate to it.
 func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.Hello) error {

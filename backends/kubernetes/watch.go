@@ -241,9 +241,9 @@ func trouble(pod *corev1.Pod) *backends.StartError {
 		text := ""
 		switch w.Reason {
 		case "ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable":
-			text = "the sandbox's image can't be had: tell an operator"
+			text = noImage
 		case "CreateContainerConfigError", "CreateContainerError", "RunContainerError", "CrashLoopBackOff":
-			text = "the sandbox can't be started as its profile says: tell an operator"
+			text = noStart
 		default:
 			continue
 		}
@@ -252,7 +252,8 @@ func trouble(pod *corev1.Pod) *backends.StartError {
 	return nil
 }
 
-// lookAtEvents finds what a pod's status does not say: a volume that is not there.
+// lookAtEvents finds what a pod's status says late or never: of an image that can't be pulled 10 s later, of a volume that
+// is not there nothing.
 func (s *sandbox) lookAtEvents(ctx context.Context) error {
 	s.mu.Lock()
 	at, uid := s.at, s.uid
@@ -262,13 +263,35 @@ func (s *sandbox) lookAtEvents(ctx context.Context) error {
 	if err != nil {
 		return nil // the start goes on without; the gate may not be permitted to read events
 	}
+	text := ""
+	var whole []string
 	for _, e := range events.Items {
-		if e.Reason == "FailedMount" && strings.Contains(e.Message, "not found") {
-			return &backends.StartError{
-				Text: "the sandbox's data is not there: tell an operator",
-				Err:  fmt.Errorf("%s: %s", e.Reason, e.Message),
-			}
+		whole = append(whole, e.Reason+": "+e.Message)
+		if t := troubleOf(e.Reason, e.Message); t != "" {
+			text = t
 		}
 	}
-	return nil
+	if text == "" {
+		return nil
+	}
+	return &backends.StartError{Text: text, Err: errors.New(strings.Join(whole, "; "))}
 }
+
+// troubleOf says what an event means for a pod that is to come up; empty: nothing that would not pass.
+func troubleOf(reason, message string) string {
+	switch {
+	case reason == "FailedMount" && strings.Contains(message, "not found"):
+		return "the sandbox's data is not there: tell an operator"
+	case reason == "ErrImageNeverPull", reason == "InspectFailed",
+		reason == "Failed" && (strings.HasPrefix(message, "Failed to pull image") || strings.HasPrefix(message, "Error: ErrImage")):
+		return noImage
+	case reason == "Failed" && strings.HasPrefix(message, "Error: "):
+		return noStart
+	}
+	return ""
+}
+
+const (
+	noImage = "the sandbox's image can't be had: tell an operator"
+	noStart = "the sandbox can't be started as its profile says: tell an operator"
+)
