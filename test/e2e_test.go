@@ -129,6 +129,7 @@ type state struct {
 	since time.Time      // when it was made
 	s3    *s3test.Server // of scripts that start one
 
+	killed  bool   // the gate did not end in order, and no other has started since
 	version string // of the namespace's pods when it was made, on Kubernetes
 }
 
@@ -304,7 +305,7 @@ func (s *state) start(config string) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	s.gate, s.gone = cmd, make(chan struct{})
+	s.gate, s.gone, s.killed = cmd, make(chan struct{}), false
 	go func(gone chan struct{}) { cmd.Wait(); close(gone) }(s.gone)
 	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if nc, err := net.Dial("tcp", "127.0.0.1:"+strconv.Itoa(s.port)); err == nil {
@@ -327,6 +328,7 @@ func (s *state) stop(sig syscall.Signal) error {
 		return nil
 	}
 	s.gate.Process.Signal(sig)
+	s.killed = sig == syscall.SIGKILL
 	select {
 	case <-s.gone:
 	case <-time.After(90 * time.Second):
@@ -592,7 +594,13 @@ func cmdBackground(ts *testscript.TestScript, neg bool, args []string) {
 	out, err := os.Create(ts.MkAbs(args[0] + ".out"))
 	ts.Check(err)
 	defer out.Close()
-	cmd := exec.Command(args[1], args[2:]...)
+	name := args[1]
+	if own := filepath.Join(s.bin, name); filepath.Base(name) == name {
+		if _, err := os.Stat(own); err == nil {
+			name = own
+		}
+	}
+	cmd := exec.Command(name, args[2:]...)
 	cmd.Dir = s.dir
 	r, w, err := os.Pipe()
 	ts.Check(err)

@@ -71,9 +71,14 @@ func (s *state) removeNamespace() error {
 	return err
 }
 
-// ownPods are the pods of this script's gate.
+// ownPods are the pods of this script's gate. One that has finished is an object still, until a gate removes it: after a
+// kill they don't count.
 func (s *state) ownPods() ([]string, error) {
-	out, err := kubectlOutput("get", "pods", "-n", s.namespace(), "-l", "sallyport.server="+s.server(), "-o", "name")
+	args := []string{"get", "pods", "-n", s.namespace(), "-l", "sallyport.server=" + s.server(), "-o", "name"}
+	if s.killed {
+		args = append(args, "--field-selector=status.phase!=Succeeded,status.phase!=Failed")
+	}
+	out, err := kubectlOutput(args...)
 	return strings.Fields(strings.ReplaceAll(string(out), "pod/", s.namespace()+"/")), err
 }
 
