@@ -2,12 +2,12 @@
 #
 #   docker build --build-arg VERSION="$(build/version)" -t sallyport .        (or make image)
 #
-# The gate shares paths with the sandboxes that its engine starts, and tells processes apart by their ids. So its state
-# and run directories must have the same paths on the engine's host, and it must see the host's process ids:
+#   docker run --read-only --cap-drop ALL --security-opt no-new-privileges \
+#     --group-add "$(stat -c %g /var/run/docker.sock)" -v /var/run/docker.sock:/var/run/docker.sock \
+#     -v /etc/sallyport:/etc/sallyport:ro -v sallyport-state:/var/lib/sallyport -p 2222:2222 sallyport
 #
-#   docker run --pid host --group-add "$(stat -c %g /var/run/docker.sock)" \
-#     -v /var/run/docker.sock:/var/run/docker.sock -v /etc/sallyport:/etc/sallyport:ro \
-#     -v /var/lib/sallyport:/var/lib/sallyport -v /run/sallyport:/run/sallyport -p 2222:2222 sallyport
+# No path need be the same on the engine's host: the gate reaches its sandboxes by relays. With --pid host and a state
+# directory of the same path it takes unix sockets, which are faster. See docs/securing-docker.md.
 #
 # The engine's socket gives whoever holds it the host: read docs/securing-docker.md first.
 ARG GO_IMAGE=golang:1.26-bookworm

@@ -236,6 +236,11 @@ func Parse(b []byte, dir string) (Config, error) {
 	}
 	abs(&c.Docker.Agent, "")
 	abs(&c.Kubernetes.Kubeconfig, "")
+	for _, p := range []*string{&c.Docker.TLS.CA, &c.Docker.TLS.Cert, &c.Docker.TLS.Key} {
+		if abs(p, ""); *p != "" {
+			c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, *p)
+		}
+	}
 	for i := range c.Docker.BindPrefixes {
 		abs(&c.Docker.BindPrefixes[i], "")
 	}
@@ -276,6 +281,9 @@ func sizePlace(b []byte) string {
 }
 
 func (c Config) validate() error {
+	if err := c.Docker.Validate(); err != nil {
+		return fmt.Errorf("docker.%w", err)
+	}
 	if err := c.SSH.Validate(); err != nil {
 		return err
 	}

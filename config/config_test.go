@@ -114,6 +114,11 @@ func TestParse(t *testing.T) {
 	if !slices.Contains(c.Docker.ProtectedPaths, "/etc/sallyport/put.ini") || slices.Contains(c.Docker.ProtectedPaths, "") {
 		t.Errorf("s3: protected are %q", c.Docker.ProtectedPaths)
 	}
+	c, err = Parse([]byte(good+"docker: {host: 'tcp://engine:2376', transport: relay, tls: {ca: ca.pem, cert: cert.pem, key: /k/key.pem}}\n"), "/etc/sallyport")
+	if err != nil || c.Docker.TLS.CA != "/etc/sallyport/ca.pem" || c.Docker.TLS.Key != "/k/key.pem" || c.Docker.Transport != "relay" ||
+		!slices.Contains(c.Docker.ProtectedPaths, "/etc/sallyport/cert.pem") || !slices.Contains(c.Docker.ProtectedPaths, "/k/key.pem") {
+		t.Errorf("tls: %v %+v", err, c.Docker)
+	}
 	for _, tc := range []struct{ yaml, want string }{
 		{"", "policy.data"},
 		{good + "nosuch: 1\n", "nosuch"},
@@ -138,6 +143,9 @@ func TestParse(t *testing.T) {
 		{good + "backend: kubernetes\nkubernetes: {namespace: A}\n", "kubernetes.namespaces"},
 		{good + "backend: kubernetes\nkubernetes: {networks: {db: {egress: [{cidr: 10.0.0.1/8}]}}}\n", "kubernetes.networks.db.egress"},
 		{good + "kubernetes: {networks: {db: {egres: []}}}\n", "egres"},
+		{good + "docker: {transport: pigeon}\n", "docker.transport"},
+		{good + "docker: {host: 'tcp://engine:2375'}\n", "docker.tls"},
+		{good + "docker: {tls: {nosuch: x}}\n", "nosuch"},
 		{"policy: {data: a}\npolicy: {data: b}\n", "2:"},
 		{"\tpolicy:", "1:"},
 		{"- 1\n- 2\n", "1:"},

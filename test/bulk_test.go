@@ -25,7 +25,7 @@ func TestBulk(t *testing.T) {
 		t.Skip("not in -short")
 	}
 	dir := t.TempDir()
-	s, err := newState(dir)
+	s, err := newState(dir, "auto")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -126,7 +126,7 @@ func TestNothingLeft(t *testing.T) {
 	}
 	const connections, atOnce = 200, 8
 	dir := t.TempDir()
-	s, err := newState(dir)
+	s, err := newState(dir, "auto")
 	if err != nil {
 		t.Fatal(err)
 	}

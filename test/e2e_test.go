@@ -73,7 +73,14 @@ func run(m *testing.M) int {
 			return 1
 		}
 	}
-	return m.Run()
+	code := m.Run()
+	if !noEngine {
+		if err := removeAgentVolume(); err != nil {
+			fmt.Fprintln(os.Stderr, "test:", err)
+			code = 1
+		}
+	}
+	return code
 }
 
 var noEngine bool
@@ -90,32 +97,51 @@ func TestScripts(t *testing.T) {
 	if noEngine {
 		t.Skip("no Docker engine answers")
 	}
-	testscript.Run(t, testscript.Params{
-		Dir:   "scripts",
-		Setup: setUp,
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"gate":       cmdGate,
-			"data":       cmdData,
-			"ssh-config": cmdSSHConfig,
-			"sealed":     cmdSealed,
-			"logcount":   cmdLogCount,
-			"sandboxes":  cmdSandboxes,
-			"made":       cmdMade,
-			"until":      cmdUntil,
-			"background": cmdBackground,
-			"signal":     cmdSignal,
-			"s3":         cmdS3,
-			"ran":        cmdRan,
-			"flipped":    cmdFlipped,
-			"bigargv":    cmdBigargv,
-			"postgres":   cmdPostgres,
-			"answer":     cmdAnswer,
-			"ask":        cmdAsk,
-			"ports":      cmdPorts,
-		},
-		Condition:           condition,
-		RequireExplicitExec: true,
-	})
+	testscript.Run(t, params("auto", testscript.Params{Dir: "scripts"}))
+}
+
+// relayed are the scripts that run over the relay, too: as on an engine that does not see the gate's files.
+var relayed = []string{"login", "crash", "forwarding", "programs", "transfers"}
+
+func TestRelayedScripts(t *testing.T) {
+	if onKubernetes {
+		t.Skip("there is no other way than the relay on Kubernetes")
+	}
+	if noEngine {
+		t.Skip("no Docker engine answers")
+	}
+	var p testscript.Params
+	for _, name := range relayed {
+		p.Files = append(p.Files, filepath.Join("scripts", name+".txtar"))
+	}
+	testscript.Run(t, params("relay", p))
+}
+
+// params adds our commands and a gate that reaches its sandboxes in that way.
+func params(transport string, p testscript.Params) testscript.Params {
+	p.Setup = func(env *testscript.Env) error { return setUp(env, transport) }
+	p.Condition, p.RequireExplicitExec = condition, true
+	p.Cmds = map[string]func(*testscript.TestScript, bool, []string){
+		"gate":       cmdGate,
+		"data":       cmdData,
+		"ssh-config": cmdSSHConfig,
+		"sealed":     cmdSealed,
+		"logcount":   cmdLogCount,
+		"sandboxes":  cmdSandboxes,
+		"made":       cmdMade,
+		"until":      cmdUntil,
+		"background": cmdBackground,
+		"signal":     cmdSignal,
+		"s3":         cmdS3,
+		"ran":        cmdRan,
+		"flipped":    cmdFlipped,
+		"bigargv":    cmdBigargv,
+		"postgres":   cmdPostgres,
+		"answer":     cmdAnswer,
+		"ask":        cmdAsk,
+		"ports":      cmdPorts,
+	}
+	return p
 }
 
 type state struct {
@@ -135,8 +161,8 @@ type state struct {
 
 type stateKey struct{}
 
-func setUp(env *testscript.Env) error {
-	s, err := newState(env.WorkDir)
+func setUp(env *testscript.Env, transport string) error {
+	s, err := newState(env.WorkDir, transport)
 	if err != nil {
 		return err
 	}
@@ -167,7 +193,7 @@ func setUp(env *testscript.Env) error {
 }
 
 // newState makes a directory with keys, data and configuration of a gate of its own.
-func newState(dir string) (*state, error) {
+func newState(dir, transport string) (*state, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
@@ -227,7 +253,7 @@ audit:
     directory: log
 monitor:
   listen: ""
-%s`, s.name, port, s.backendConfig())),
+%s`, s.name, port, s.backendConfig(transport))),
 		writeJSON(filepath.Join(dir, "data/users/alice.json"), map[string]any{"keys": []string{pub("alice")}}),
 		writeJSON(filepath.Join(dir, "data/users/mallory.json"), map[string]any{"keys": []string{pub("mallory")}}),
 		writeJSON(filepath.Join(dir, "data/profiles/debug.json"), profile),

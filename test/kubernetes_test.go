@@ -107,9 +107,9 @@ func (s *state) madePods() (int, error) {
 }
 
 // backendConfig is the gate's part about its backend.
-func (s *state) backendConfig() string {
+func (s *state) backendConfig(transport string) string {
 	if !onKubernetes {
-		return "docker:\n  bind_prefixes: [production]\n"
+		return "docker:\n  bind_prefixes: [production]\n  transport: " + transport + "\n"
 	}
 	return fmt.Sprintf(`backend: kubernetes
 kubernetes:

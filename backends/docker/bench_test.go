@@ -18,7 +18,19 @@ import (
 // BenchmarkStart compares a sandbox, from Start to the first process's end, with what the engine alone takes to create
 // and start the same container; the two take turns.
 func BenchmarkStart(b *testing.B) {
-	backend := newBackend(b, nil)
+	eachTransport(b, benchmarkStart)
+}
+
+// eachTransport runs a benchmark with each way to the agents.
+func eachTransport(b *testing.B, run func(*testing.B, *Backend)) {
+	for _, transport := range []string{transportSocket, transportRelay} {
+		b.Run(transport, func(b *testing.B) {
+			run(b, newBackend(b, func(c *Config) { c.Transport, c.CPUs = transport, 2 }))
+		})
+	}
+}
+
+func benchmarkStart(b *testing.B, backend *Backend) {
 	engine := fixture.engine
 	ctx := context.Background()
 	var bare, start, first []time.Duration
@@ -90,8 +102,12 @@ func BenchmarkExec(b *testing.B) {
 
 // BenchmarkBytes measures bytes through one process, out of and into the sandbox.
 func BenchmarkBytes(b *testing.B) {
+	eachTransport(b, benchmarkBytes)
+}
+
+func benchmarkBytes(b *testing.B, backend *Backend) {
 	const size = 256 << 20
-	s := startSandbox(b, newBackend(b, nil), newSpec(busyboxImage))
+	s := startSandbox(b, backend, newSpec(busyboxImage))
 	b.Run("out", func(b *testing.B) {
 		b.SetBytes(size)
 		for b.Loop() {

@@ -1,8 +1,9 @@
-// Package docker starts sandboxes as containers of a Docker engine on the same host.
+// Package docker starts sandboxes as containers of a Docker engine.
 //
-// A sandbox is a container whose only program from the gate's side is the agent, mounted read-only from a copy in the
-// state directory. The gate listens on a unix socket in a directory made for that sandbox alone; the agent dials it.
-// What a sandbox may be is limited here, by the operator's Config, whatever policy asks for.
+// A sandbox is a container whose only program from the gate's side is the agent. Where gate and engine share a file
+// system, the agent is mounted read-only from a copy in the state directory, and the gate listens on a unix socket in a
+// directory made for that sandbox alone, which the agent dials. Elsewhere the agent lies in a volume, and is reached by
+// a relay that the engine executes in the container. What a sandbox may be is limited here, by the operator's Config, whatever policy asks for.
 package docker
 
 import (
@@ -10,10 +11,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -25,8 +27,10 @@ import (
 
 // Config is the operator's: where the engine is, and what no policy can exceed.
 type Config struct {
-	Host  string `yaml:"host"`  // engine's socket; default unix:///var/run/docker.sock
-	Agent string `yaml:"agent"` // path of the sallyport-agent binary
+	Host      string `yaml:"host"`      // unix:///PATH or tcp://HOST:PORT; default unix:///var/run/docker.sock
+	TLS       TLS    `yaml:"tls"`       // for tcp, and required there
+	Transport string `yaml:"transport"` // how agents are reached: auto (default), socket or relay
+	Agent     string `yaml:"agent"`     // path of the sallyport-agent binary
 
 	BindPrefixes []string `yaml:"bind_prefixes"` // host directories below which bind mounts may lie; default none
 	Volumes      []string `yaml:"volumes"`       // volumes that may be mounted; default none
@@ -48,10 +52,20 @@ type Config struct {
 	ProtectedPaths []string `yaml:"-"`
 }
 
+// TLS are the files, in PEM, that gate and engine know each other by.
+type TLS struct {
+	CA   string `yaml:"ca"`   // certificates that may have signed the engine's; no others may
+	Cert string `yaml:"cert"` // the gate's, for its client
+	Key  string `yaml:"key"`  // its private key
+}
+
 // WithDefaults gives the configuration with its unset values set.
 func (c Config) WithDefaults() Config {
 	if c.Host == "" {
 		c.Host = client.DefaultDockerHost
+	}
+	if c.Transport == "" {
+		c.Transport = transportAuto
 	}
 	if c.Memory == 0 {
 		c.Memory = 512 << 20
@@ -75,8 +89,11 @@ func (c Config) WithDefaults() Config {
 func (c Config) Validate() error {
 	var errs []error
 	c = c.WithDefaults()
-	if !strings.HasPrefix(c.Host, "unix:///") {
-		errs = append(errs, fmt.Errorf("host: %q is not a unix socket; the engine must be on the gate's own host", c.Host))
+	errs = append(errs, c.validateHost()...)
+	for _, v := range c.Volumes {
+		if strings.HasPrefix(v, volumePrefix) {
+			errs = append(errs, fmt.Errorf("volumes: %q is the agent's", v))
+		}
 	}
 	for _, p := range c.BindPrefixes {
 		if !filepath.IsAbs(p) || filepath.Clean(p) != p || p == "/" {
@@ -105,19 +122,55 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
+func (c Config) validateHost() (errs []error) {
+	switch {
+	case strings.HasPrefix(c.Host, "unix:///"):
+		if c.TLS != (TLS{}) {
+			errs = append(errs, errors.New("tls: a unix socket has none; write host: tcp://HOST:PORT"))
+		}
+	case strings.HasPrefix(c.Host, "tcp://"):
+		host, port, err := net.SplitHostPort(strings.TrimPrefix(c.Host, "tcp://"))
+		if n, nerr := strconv.ParseUint(port, 10, 16); err != nil || host == "" || nerr != nil || n == 0 {
+			errs = append(errs, fmt.Errorf("host: %q is not tcp://HOST:PORT", c.Host))
+		}
+		// Who can speak to an engine without it is root on its machine, and so is who can listen on the way.
+		if c.TLS.CA == "" || c.TLS.Cert == "" || c.TLS.Key == "" {
+			errs = append(errs, errors.New("tls: ca, cert and key are needed for tcp"))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("host: %q is neither unix:///PATH nor tcp://HOST:PORT", c.Host))
+	}
+	switch c.Transport {
+	case transportAuto, transportRelay:
+	case transportSocket:
+		if !strings.HasPrefix(c.Host, "unix://") {
+			errs = append(errs, errors.New("transport: socket needs an engine on the gate's own machine, by a unix socket"))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("transport: %q is none of auto, socket, relay", c.Transport))
+	}
+	return errs
+}
+
 // Backend starts containers. It is safe for concurrent use.
 type Backend struct {
 	config Config
 	gate   string
 	log    *slog.Logger
 	engine *client.Client
-	agent  string // host path of the agent's copy
+	file   agentFile
+	relay  bool   // agents are reached by relays, and the engine sees no file of the gate's
+	why    string // relay is so
+	agent  string // host path of the agent's copy, without relay
 
 	// Of the engine, read once by New.
 	node     string
 	cpus     float64
 	prefixes []string // BindPrefixes after symlinks
 	guarded  []string // what no bind may touch, after symlinks
+
+	filling sync.Mutex // one fills the volume at a time; guards filled
+	filled  string     // when the volume was created that is known to hold the agent
 
 	images imageCache
 
@@ -138,7 +191,11 @@ func New(ctx context.Context, config Config, gate string, log *slog.Logger) (*Ba
 	}
 	config = config.WithDefaults()
 	// Negotiated: the engine of Debian 12 speaks 1.41.
-	engine, err := client.NewClientWithOpts(client.WithHost(config.Host), client.WithAPIVersionNegotiation())
+	options := []client.Opt{client.WithHost(config.Host), client.WithAPIVersionNegotiation()}
+	if config.TLS != (TLS{}) {
+		options = append(options, client.WithTLSClientConfig(config.TLS.CA, config.TLS.Cert, config.TLS.Key))
+	}
+	engine, err := client.NewClientWithOpts(options...)
 	if err != nil {
 		return nil, fmt.Errorf("docker: %w", err)
 	}
@@ -171,16 +228,26 @@ func (b *Backend) prepare(ctx context.Context) error {
 	if err := os.Chmod(hosts, 0o644); err != nil { // whatever the umask: sandboxes read it
 		return err
 	}
-	if b.agent, err = installAgent(b.config.Agent, filepath.Join(b.config.StateDir, agentDir)); err != nil {
-		return fmt.Errorf("install the agent: %w", err)
+	if b.file, err = readAgent(b.config.Agent); err != nil {
+		return fmt.Errorf("read the agent: %w", err)
 	}
-	host, err := url.Parse(b.config.Host)
-	if err != nil {
+	if err := b.choose(ctx); err != nil {
 		return err
 	}
+	if b.relay {
+		err = b.keepVolume(ctx)
+	} else {
+		b.agent, err = installAgent(b.file, filepath.Join(b.config.StateDir, agentDir))
+	}
+	if err != nil {
+		return fmt.Errorf("install the agent: %w", err)
+	}
 	b.guarded = []string{
-		"/proc", "/sys", "/dev", "/etc/docker", "/run/containerd", "/run/docker", "/run/docker.sock",
-		"/var/lib/containerd", host.Path, info.DockerRootDir, b.config.StateDir,
+		"/proc", "/sys", "/dev", "/etc/docker", "/run/containerd", "/run/docker", "/run/docker.sock", "/var/run/docker.sock",
+		"/var/lib/containerd", info.DockerRootDir, b.config.StateDir,
+	}
+	if path, ok := strings.CutPrefix(b.config.Host, "unix://"); ok {
+		b.guarded = append(b.guarded, path)
 	}
 	b.guarded = append(b.guarded, b.config.ProtectedPaths...)
 	for i, p := range b.guarded {
@@ -189,6 +256,10 @@ func (b *Backend) prepare(ctx context.Context) error {
 		}
 	}
 	for _, p := range b.config.BindPrefixes {
+		if b.relay {
+			b.prefixes = append(b.prefixes, p) // the engine's, which nobody here can look at
+			continue
+		}
 		if p, err = filepath.EvalSymlinks(p); err != nil {
 			// A prefix that is not there permits nothing.
 			b.log.WarnContext(ctx, "bind prefix", "err", err)

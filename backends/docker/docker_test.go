@@ -134,6 +134,11 @@ func (f *engineFixture) remove() {
 			fmt.Fprintln(os.Stderr, "remove image:", err)
 		}
 	}
+	if a, err := readAgent(f.agent); err == nil {
+		if err := f.engine.VolumeRemove(context.Background(), a.volume(), true); err != nil {
+			fmt.Fprintln(os.Stderr, "remove volume:", err)
+		}
+	}
 	f.engine.Close()
 	os.RemoveAll(f.dir)
 }
@@ -213,7 +218,7 @@ func (f *engineFixture) importImage(ctx context.Context, name string, files []fi
 func newBackend(t testing.TB, change func(*Config)) *Backend {
 	t.Helper()
 	requireEngine(t)
-	config := Config{Agent: fixture.agent, StateDir: filepath.Join(t.TempDir(), "state")}
+	config := Config{Agent: fixture.agent, StateDir: filepath.Join(t.TempDir(), "state"), Transport: transportSocket}
 	if change != nil {
 		change(&config)
 	}
@@ -266,7 +271,16 @@ func everything(t testing.TB) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Join(append(all, string(volumes)), "\n")
+	for _, v := range strings.Fields(string(volumes)) {
+		if !strings.HasPrefix(v, volumePrefix) { // those stay
+			all = append(all, v)
+		}
+	}
+	helpers, err := exec.Command("sh", "-c", "docker ps -aq --filter label="+labelHelper+"; docker images -q --filter label="+labelHelper).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(append(all, string(helpers)), "\n")
 }
 
 func newSpec(image string) backends.Spec {
@@ -320,7 +334,12 @@ func sh(t testing.TB, s backends.Sandbox, line string) string {
 }
 
 func TestContract(t *testing.T) {
-	b := newBackend(t, nil)
+	t.Run("Socket", func(t *testing.T) { contract(t, transportSocket) })
+	t.Run("Relay", func(t *testing.T) { contract(t, transportRelay) })
+}
+
+func contract(t *testing.T, transport string) {
+	b := newBackend(t, func(c *Config) { c.Transport = transport })
 	backendtest.Run(t, backendtest.Subject{
 		Backend: b,
 		Spec:    func() backends.Spec { return newSpec(busyboxImage) },

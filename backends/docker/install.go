@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -23,26 +24,35 @@ const (
 // agentLimit bounds the agent's file; ours has 5 MB.
 const agentLimit = 64 << 20
 
-// installAgent copies the agent to dir, under its hash, and returns the copy's path. The copy can be executed but read
-// by nobody: a process that executes an unreadable file can't be traced from its first instruction on.
-func installAgent(source, dir string) (string, error) {
+// agentFile is the agent, and its SHA-256.
+type agentFile struct {
+	content []byte
+	hash    string
+}
+
+func readAgent(source string) (agentFile, error) {
 	info, err := os.Stat(source)
 	if err != nil {
-		return "", err
+		return agentFile{}, err
 	}
 	if !info.Mode().IsRegular() || info.Size() > agentLimit {
-		return "", fmt.Errorf("%s is not the agent", source)
+		return agentFile{}, fmt.Errorf("%s is not the agent", source)
 	}
 	b, err := os.ReadFile(source)
 	if err != nil {
-		return "", err
+		return agentFile{}, err
 	}
 	if !strings.HasPrefix(string(b), "\x7fELF") {
-		return "", fmt.Errorf("%s is not an executable", source)
+		return agentFile{}, fmt.Errorf("%s is not an executable", source)
 	}
 	hash := sha256.Sum256(b)
-	name := hex.EncodeToString(hash[:])
-	home := filepath.Join(dir, name)
+	return agentFile{b, hex.EncodeToString(hash[:])}, nil
+}
+
+// installAgent copies the agent to dir, under its hash, and returns the copy's path. The copy can be executed but read
+// by nobody: a process that executes an unreadable file can't be traced from its first instruction on.
+func installAgent(a agentFile, dir string) (string, error) {
+	home := filepath.Join(dir, a.hash)
 	if err := os.MkdirAll(home, 0o700); err != nil {
 		return "", err
 	}
@@ -51,7 +61,7 @@ func installAgent(source, dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	_, err = f.Write(b)
+	_, err = f.Write(a.content)
 	if err == nil {
 		err = f.Chmod(0o111)
 	}
@@ -71,8 +81,15 @@ func installAgent(source, dir string) (string, error) {
 	return to, nil
 }
 
-// pruneAgents removes the copies of other versions. Running sandboxes keep theirs.
-func pruneAgents(current string) error {
+// pruneAgents removes what there is of other versions. Running sandboxes keep theirs.
+func (b *Backend) pruneAgents(ctx context.Context) error {
+	if b.relay {
+		return b.pruneVolumes(ctx)
+	}
+	return pruneCopies(b.agent)
+}
+
+func pruneCopies(current string) error {
 	home := filepath.Dir(current)
 	entries, err := os.ReadDir(filepath.Dir(home))
 	if err != nil {

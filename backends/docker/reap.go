@@ -6,12 +6,16 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/events"
 	"github.com/docker/docker/api/types/filters"
+	"github.com/docker/docker/api/types/volume"
+
+	"github.com/sallyport/sallyport/agent"
 )
 
 // reapEvery is the time between looks for what an ended session has left.
@@ -26,7 +30,7 @@ func (b *Backend) Run(ctx context.Context) {
 		b.hear(ctx)
 	}()
 	defer func() { <-heard }()
-	if err := pruneAgents(b.agent); err != nil {
+	if err := errors.Join(b.pruneAgents(ctx), b.removeOldHelpers(ctx)); err != nil && ctx.Err() == nil {
 		b.log.WarnContext(ctx, "remove old agents", "err", err)
 	}
 	t := time.NewTicker(reapEvery)
@@ -59,6 +63,8 @@ func (b *Backend) Reap(ctx context.Context) error {
 		All: true, Filters: filters.NewArgs(filters.Arg("label", labelServer+"="+b.gate)),
 	})
 	errs = append(errs, err)
+	volumes, err := b.engine.VolumeList(ctx, volume.ListOptions{Filters: filters.NewArgs(filters.Arg("label", labelServer+"="+b.gate))})
+	errs = append(errs, err)
 	b.mu.Lock()
 	live := make(map[string]bool, len(b.live))
 	for session := range b.live {
@@ -76,6 +82,7 @@ func (b *Backend) Reap(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("remove container: %w", err))
 		}
 	}
+	errs = append(errs, b.reapVolumes(ctx, volumes.Volumes, live))
 	for _, name := range names {
 		if !live[filepath.Base(name)] {
 			errs = append(errs, os.RemoveAll(filepath.Join(b.config.StateDir, name)))
@@ -116,7 +123,10 @@ func (b *Backend) hear(ctx context.Context) {
 
 func (b *Backend) died(m events.Message, oom bool) {
 	why := "the sandbox ended, exit code " + m.Actor.Attributes["exitCode"]
-	if m.Actor.Attributes["exitCode"] == "137" {
+	switch m.Actor.Attributes["exitCode"] {
+	case strconv.Itoa(agent.ExitRelay):
+		why = "the relay into the sandbox ended"
+	case "137":
 		why = "the sandbox was killed"
 		if oom {
 			why = "the sandbox was killed: it ran out of memory"

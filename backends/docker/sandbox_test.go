@@ -319,6 +319,12 @@ func TestImageWithoutShell(t *testing.T) {
 }
 
 func TestMounts(t *testing.T) {
+	for _, transport := range []string{transportSocket, transportRelay} {
+		t.Run(transport, func(t *testing.T) { mounts(t, transport) })
+	}
+}
+
+func mounts(t *testing.T, transport string) {
 	data := t.TempDir()
 	if err := os.Chmod(data, 0o755); err != nil {
 		t.Fatal(err)
@@ -335,7 +341,7 @@ func TestMounts(t *testing.T) {
 	if err := os.Chmod(filepath.Join(data, "out"), 0o777); err != nil {
 		t.Fatal(err)
 	}
-	b := newBackend(t, func(c *Config) { c.BindPrefixes = []string{filepath.Dir(data)} })
+	b := newBackend(t, func(c *Config) { c.Transport, c.BindPrefixes = transport, []string{filepath.Dir(data)} })
 	spec := newSpec(busyboxImage)
 	spec.Template.Groups = []uint32{4}
 	spec.Template.Scratch = "volume"
@@ -565,10 +571,16 @@ func TestKilledGate(t *testing.T) {
 		gateToBeKilled(state)
 		return
 	}
-	b := newBackend(t, nil)
+	for _, transport := range []string{transportSocket, transportRelay} {
+		t.Run(transport, func(t *testing.T) { killedGate(t, transport) })
+	}
+}
+
+func killedGate(t *testing.T, transport string) {
+	b := newBackend(t, func(c *Config) { c.Transport = transport })
 	cmd := exec.Command(os.Args[0], "-test.run=^TestKilledGate$")
 	cmd.Env = append(os.Environ(), strings.Join([]string{
-		gateVariable + "=" + b.config.StateDir, b.config.Agent, b.gate, newSpec("").Owner.Session,
+		gateVariable + "=" + b.config.StateDir, b.config.Agent, b.gate, newSpec("").Owner.Session, transport,
 	}, "|"))
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -596,7 +608,7 @@ func TestKilledGate(t *testing.T) {
 			break
 		}
 	}
-	if entries, _ := os.ReadDir(filepath.Join(b.config.StateDir, runDir)); len(entries) != 1 {
+	if entries, _ := os.ReadDir(filepath.Join(b.config.StateDir, runDir)); len(entries) != 1 && transport == transportSocket {
 		t.Errorf("before the next gate: %v", entries)
 	}
 	if err := b.Reap(context.Background()); err != nil {
@@ -606,12 +618,13 @@ func TestKilledGate(t *testing.T) {
 
 func gateToBeKilled(arguments string) {
 	a := strings.Split(arguments, "|")
-	b, err := New(context.Background(), Config{StateDir: a[0], Agent: a[1]}, a[2], slog.New(slog.DiscardHandler))
+	b, err := New(context.Background(), Config{StateDir: a[0], Agent: a[1], Transport: a[4]}, a[2], slog.New(slog.DiscardHandler))
 	if err != nil {
 		panic(err)
 	}
 	spec := newSpec(busyboxImage)
 	spec.Owner.Session = a[3]
+	spec.Template.Scratch = "volume"
 	s, err := b.Start(context.Background(), spec)
 	if err != nil {
 		panic(err)
@@ -623,7 +636,12 @@ func gateToBeKilled(arguments string) {
 
 // TestCut ends sandboxes at random moments of their start and their life; newBackend's clean-up looks what is left.
 func TestCut(t *testing.T) {
-	b := newBackend(t, nil)
+	for _, transport := range []string{transportSocket, transportRelay} {
+		t.Run(transport, func(t *testing.T) { cut(t, newBackend(t, func(c *Config) { c.Transport = transport })) })
+	}
+}
+
+func cut(t *testing.T, b *Backend) {
 	var all sync.WaitGroup
 	slots := make(chan struct{}, 4)
 	for range 24 {
@@ -674,7 +692,7 @@ func TestReady(t *testing.T) {
 	if err := os.MkdirAll(old, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := pruneAgents(b.agent); err != nil {
+	if err := pruneCopies(b.agent); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Stat(old); err == nil {

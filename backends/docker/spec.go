@@ -16,13 +16,15 @@ import (
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/docker/api/types/mount"
 
+	"github.com/sallyport/sallyport/agent"
 	"github.com/sallyport/sallyport/backends"
 )
 
 // Where things are inside.
 const (
 	insideDir   = "/.sallyport"
-	insideAgent = insideDir + "/agent"
+	insideName  = "agent"
+	insideAgent = insideDir + "/" + insideName
 	insideRun   = insideDir + "/run"
 	defaultHome = "/home/sandbox"
 )
@@ -253,14 +255,18 @@ func (b *Backend) checkMounts(t backends.Template) ([]backends.Mount, error) {
 	return mounts, nil
 }
 
-// checkBind returns what source resolves to, if that may be mounted.
+// checkBind returns what source resolves to, if that may be mounted. Where the engine has other files than the gate, it
+// resolves to itself.
 func (b *Backend) checkBind(source string) (string, error) {
 	if !filepath.IsAbs(source) || strings.ContainsRune(source, 0) {
 		return "", refused("bind source %q is not an absolute path", source)
 	}
-	resolved, err := filepath.EvalSymlinks(source)
-	if err != nil {
-		return "", refused("bind source: %v", err)
+	resolved := filepath.Clean(source)
+	if !b.relay {
+		var err error
+		if resolved, err = filepath.EvalSymlinks(source); err != nil {
+			return "", refused("bind source: %v", err)
+		}
 	}
 	if !slices.ContainsFunc(b.prefixes, func(p string) bool { return below(resolved, p) }) {
 		return "", refused("bind source %q (%s) lies under no listed prefix (bind_prefixes)", source, resolved)
@@ -306,8 +312,9 @@ type request struct {
 	Host   container.HostConfig `json:"host_config"`
 }
 
-// places are the host paths of one sandbox.
-type places struct{ agent, run, hosts, scratch string }
+// places are the host paths of one sandbox; or, where the engine sees none of the gate's, the volume that holds the agent,
+// and scratch is a volume, too.
+type places struct{ agent, run, hosts, scratch, volume string }
 
 // build makes the engine's request of a checked spec. It is pure: the same in, the same out.
 func build(spec backends.Spec, gate, key string, img image.InspectResponse, at places) request {
@@ -323,7 +330,7 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 		Env:        t.Env,
 		Image:      img.ID, // not the reference, which may be another image by now
 		Entrypoint: []string{insideAgent},
-		Cmd:        []string{"serve", "--key", key, "--socket", insideRun + "/" + socketName, "--home", home},
+		Cmd:        []string{"serve", "--key", key, "--home", home},
 		WorkingDir: "/",
 		StopSignal: "SIGKILL", // the agent takes no other
 		// It would run outside the agent's tree, with the user's uid.
@@ -361,21 +368,29 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 			Ulimits:    []*container.Ulimit{{Name: "core", Soft: 0, Hard: 0}},
 		},
 		Tmpfs: map[string]string{"/tmp": tmpfs(t, t.TmpSize)},
-		Mounts: []mount.Mount{
-			bind(at.agent, insideAgent, false),
-			bind(at.run, insideRun, false),
-		},
+	}
+	if at.volume != "" {
+		config.Cmd = append(config.Cmd, "--relay", agent.RelaySocket)
+		host.Mounts = []mount.Mount{readVolume(at.volume, insideDir)}
+	} else {
+		config.Cmd = append(config.Cmd, "--socket", insideRun+"/"+socketName)
+		host.Mounts = []mount.Mount{bind(at.agent, insideAgent, false), bind(at.run, insideRun, false)}
 	}
 	for _, g := range t.Groups {
 		host.GroupAdd = append(host.GroupAdd, id(g))
 	}
 	taken := map[string]bool{"/tmp": true, home: true}
-	if t.Scratch != "" {
+	switch {
+	case t.Scratch != "" && at.volume != "":
+		v := readVolume(at.scratch, home)
+		v.ReadOnly = false
+		host.Mounts = append(host.Mounts, v)
+	case t.Scratch != "":
 		host.Mounts = append(host.Mounts, bind(at.scratch, home, true))
-	} else {
+	default:
 		host.Tmpfs[home] = tmpfs(t, t.HomeSize)
 	}
-	if t.Network == "none" && len(t.ExtraHosts) == 0 {
+	if t.Network == "none" && len(t.ExtraHosts) == 0 && at.hosts != "" {
 		// The engine then only makes the network namespace, in which there is a loopback and nothing else, and does not
 		// set one up by a program of its own: half of a start's time (measured: 266 and 110 ms). What it leaves out
 		// besides is /etc/hosts.
@@ -390,10 +405,9 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 			host.Mounts = append(host.Mounts, bind(m.Source, m.Target, m.Write))
 			continue
 		}
-		host.Mounts = append(host.Mounts, mount.Mount{
-			Type: mount.TypeVolume, Source: m.Source, Target: m.Target, ReadOnly: !m.Write,
-			VolumeOptions: &mount.VolumeOptions{NoCopy: true},
-		})
+		v := readVolume(m.Source, m.Target)
+		v.ReadOnly = !m.Write
+		host.Mounts = append(host.Mounts, v)
 	}
 	// The engine would make of each VOLUME of an image a writable and unlimited directory on the host.
 	if img.Config != nil {
@@ -419,6 +433,13 @@ func tmpfs(t backends.Template, size int64) string {
 	size = max(size&^4095, 4096)
 	return fmt.Sprintf("rw,exec,nosuid,nodev,size=%d,nr_inodes=%d,uid=%d,gid=%d,mode=0700",
 		size, max(size/4096, 64), t.UID, t.GID)
+}
+
+func readVolume(name, target string) mount.Mount {
+	return mount.Mount{
+		Type: mount.TypeVolume, Source: name, Target: target, ReadOnly: true,
+		VolumeOptions: &mount.VolumeOptions{NoCopy: true},
+	}
 }
 
 func bind(source, target string, write bool) mount.Mount {

@@ -182,7 +182,7 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{"/a", "/r", "/h", "/s"})
+	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{agent: "/a", run: "/r", hosts: "/h", scratch: "/s"})
 	h := r.Host
 	half := spec.Template.TmpSize + spec.Template.HomeSize
 	for what, ok := range map[string]bool{
@@ -219,17 +219,33 @@ func TestConfig(t *testing.T) {
 		t.Error(err)
 	}
 	for want, c := range map[string]Config{
-		"not a unix socket": {Host: "tcp://127.0.0.1:2375"},
-		"bind_prefixes":     {BindPrefixes: []string{"/"}},
-		"clean absolute":    {BindPrefixes: []string{"/a/../b"}},
-		"networks":          {Networks: []string{"host"}},
-		"allow_caps":        {AllowCaps: []string{"DAC_READ_SEARCH"}},
-		"memory":            {Memory: 9 << 30},
-		"cpus":              {CPUs: 3, MaxCPUs: 2},
-		"pids":              {PIDs: 5000},
+		"ca, cert and key":    {Host: "tcp://127.0.0.1:2375"},
+		"are needed for tcp":  {Host: "tcp://127.0.0.1:2376", TLS: TLS{CA: "/ca", Cert: "/cert"}},
+		"is not tcp://HOST":   {Host: "tcp://engine", TLS: TLS{"/ca", "/cert", "/key"}},
+		"neither unix":        {Host: "http://engine:2375", TLS: TLS{"/ca", "/cert", "/key"}},
+		"neither unix:///":    {Host: "ssh://engine"},
+		"tls":                 {TLS: TLS{CA: "/ca"}},
+		"transport: \"pipe\"": {Transport: "pipe"},
+		"transport: socket":   {Host: "tcp://engine:2376", TLS: TLS{"/ca", "/cert", "/key"}, Transport: "socket"},
+		"is the agent's":      {Volumes: []string{volumePrefix + "x"}},
+		"bind_prefixes":       {BindPrefixes: []string{"/"}},
+		"clean absolute":      {BindPrefixes: []string{"/a/../b"}},
+		"networks":            {Networks: []string{"host"}},
+		"allow_caps":          {AllowCaps: []string{"DAC_READ_SEARCH"}},
+		"memory":              {Memory: 9 << 30},
+		"cpus":                {CPUs: 3, MaxCPUs: 2},
+		"pids":                {PIDs: 5000},
 	} {
 		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
+		}
+	}
+	for _, c := range []Config{
+		{Host: "tcp://[::1]:2376", TLS: TLS{"/ca", "/cert", "/key"}}, {Transport: "relay"}, {Transport: "socket"},
+		{Host: "tcp://engine.example.com:2376", TLS: TLS{"/ca", "/cert", "/key"}, Transport: "relay"},
+	} {
+		if err := c.Validate(); err != nil {
+			t.Error(err)
 		}
 	}
 	var c Config

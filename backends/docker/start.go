@@ -102,15 +102,29 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 			return fmt.Errorf("find volume: %w", err)
 		}
 	}
-	at := places{agent: b.agent, run: s.path(runDir), hosts: filepath.Join(b.config.StateDir, hostsFile), scratch: s.path(scratchDir)}
-	listener, err := listen(at.run)
-	if err != nil {
-		return err
-	}
-	defer listener.Close()
-	if t.Scratch != "" {
-		if err := makeScratch(at.scratch, t.UID, t.GID); err != nil {
+	var at places
+	var listener *net.UnixListener
+	if b.relay {
+		if err := b.keepVolume(ctx); err != nil {
 			return err
+		}
+		at.volume = b.file.volume()
+		if t.Scratch != "" {
+			at.scratch = namePrefix + s.session
+			if err := b.makeScratchVolume(ctx, s.session, t.UID, t.GID); err != nil {
+				return fmt.Errorf("make a scratch volume: %w", err)
+			}
+		}
+	} else {
+		at = places{agent: b.agent, run: s.path(runDir), hosts: filepath.Join(b.config.StateDir, hostsFile), scratch: s.path(scratchDir)}
+		if listener, err = listen(at.run); err != nil {
+			return err
+		}
+		defer listener.Close()
+		if t.Scratch != "" {
+			if err := makeScratch(at.scratch, t.UID, t.GID); err != nil {
+				return err
+			}
 		}
 	}
 	r := build(spec, b.gate, base64.StdEncoding.EncodeToString(public), img, at)
@@ -134,16 +148,20 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	if err := b.engine.ContainerStart(engineCtx, s.id, container.StartOptions{}); err != nil {
 		return fmt.Errorf("start container: %w", err)
 	}
-	return s.reach(ctx, listener, private, agent.Hello{
+	call := func(ctx context.Context) (net.Conn, error) { return s.answer(ctx, listener) }
+	if b.relay {
+		call = func(ctx context.Context) (net.Conn, error) { return s.startRelay(ctx, r.Config.User) }
+	}
+	return s.reach(ctx, call, private, agent.Hello{
 		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: t.ExecAudit, Reports: spec.Reports,
 	})
 }
 
-// reach takes the agent's call and proves the gate to it.
-func (s *sandbox) reach(ctx context.Context, l *net.UnixListener, key ed25519.PrivateKey, hello agent.Hello) error {
+// reach gets the stream to the agent by call and proves the gate to it.
+func (s *sandbox) reach(ctx context.Context, call func(context.Context) (net.Conn, error), key ed25519.PrivateKey, hello agent.Hello) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	timeout := time.AfterFunc(reachLimit, func() { cancel(errors.New("the agent did not call")) })
+	timeout := time.AfterFunc(reachLimit, func() { cancel(errors.New("the agent could not be reached")) })
 	defer timeout.Stop()
 	finished := make(chan struct{})
 	defer close(finished)
@@ -154,6 +172,24 @@ func (s *sandbox) reach(ctx context.Context, l *net.UnixListener, key ed25519.Pr
 		case <-finished:
 		}
 	}()
+	conn, err := call(ctx)
+	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return err
+	}
+	if s.client, err = agent.NewClient(ctx, conn, key, hello); err != nil {
+		return err
+	}
+	s.info.ExecAudit = s.client.ExecAudit()
+	return nil
+}
+
+// answer takes the agent's call.
+func (s *sandbox) answer(ctx context.Context, l *net.UnixListener) (net.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	// While the agent makes its way, the engine says who is to be expected.
 	type inspected struct {
 		container container.InspectResponse
@@ -166,9 +202,9 @@ func (s *sandbox) reach(ctx context.Context, l *net.UnixListener, key ed25519.Pr
 	}()
 	conn, peer, err := acceptOne(ctx, l)
 	if err != nil {
-		cancel(err)
+		cancel()
 		<-engine
-		return fmt.Errorf("wait for the agent: %w", err)
+		return nil, fmt.Errorf("wait for the agent: %w", err)
 	}
 	i := <-engine
 	if i.err == nil && (i.container.State == nil || i.container.State.Pid != peer) {
@@ -176,18 +212,14 @@ func (s *sandbox) reach(ctx context.Context, l *net.UnixListener, key ed25519.Pr
 	}
 	if i.err != nil {
 		conn.Close()
-		return fmt.Errorf("identify the agent: %w", i.err)
+		return nil, fmt.Errorf("identify the agent: %w", i.err)
 	}
 	// No process of the user's exists before this: none can find the socket.
 	if err := os.Remove(filepath.Join(s.path(runDir), socketName)); err != nil {
 		conn.Close()
-		return err
+		return nil, err
 	}
-	if s.client, err = agent.NewClient(ctx, conn, key, hello); err != nil {
-		return err
-	}
-	s.info.ExecAudit = s.client.ExecAudit()
-	return nil
+	return conn, nil
 }
 
 // path is this sandbox's own path below a directory of the state directory.
@@ -235,20 +267,29 @@ func acceptOne(ctx context.Context, l *net.UnixListener) (*net.UnixConn, int, er
 		}
 		return nil, 0, err
 	}
-	var peer *unix.Ucred
-	raw, err := conn.SyscallConn()
-	if err == nil {
-		var cerr error
-		err = raw.Control(func(fd uintptr) { peer, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-		if err == nil {
-			err = cerr
-		}
-	}
+	pid, err := peerPID(conn)
 	if err != nil {
 		conn.Close()
 		return nil, 0, err
 	}
-	return conn, int(peer.Pid), nil
+	return conn, pid, nil
+}
+
+// peerPID gives the process at the other end of a unix socket, as this one sees it: 0 if it can't.
+func peerPID(conn *net.UnixConn) (int, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var peer *unix.Ucred
+	var perr error
+	if err := raw.Control(func(fd uintptr) { peer, perr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if perr != nil {
+		return 0, perr
+	}
+	return int(peer.Pid), nil
 }
 
 // makeScratch makes a home on disk. Its parent is the gate's alone, so nobody else on the host can enter it.
@@ -340,6 +381,9 @@ func (s *sandbox) remove(ctx context.Context) error {
 		err = s.backend.removeContainer(ctx, s.id)
 	}
 	err = errors.Join(err, os.RemoveAll(s.path(runDir)), os.RemoveAll(s.path(scratchDir)))
+	if s.backend.relay {
+		err = errors.Join(err, s.backend.removeVolume(ctx, namePrefix+s.session))
+	}
 	s.backend.mu.Lock()
 	delete(s.backend.live, s.session)
 	s.backend.mu.Unlock()

@@ -324,6 +324,11 @@ func (b *Backend) Ready(ctx context.Context) error {
 	return nil
 }
 
+// Transport says how sandboxes are reached.
+func (b *Backend) Transport() (transport, why string) {
+	return "relay", "pods/exec by way of the API server, over WebSocket, or SPDY where that does not get through"
+}
+
 // Close closes the connections to the cluster. It ends no sandbox: those end when they are closed, or the gate does.
 func (b *Backend) Close() error {
 	b.cluster.close()

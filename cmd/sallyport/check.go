@@ -80,11 +80,16 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	backend, err := openBackend(ctx, cfg, cfg.Gate, quiet)
+	way := ""
 	if err == nil {
 		err = backend.Ready(ctx)
+		transport, why := backend.Transport()
+		way = "sandboxes are reached by " + transport + ": " + why
 		backend.Close()
 	}
-	say(cfg.Backend, err)
+	if say(cfg.Backend, err) {
+		fmt.Fprintf(out, "%-10s note: %s\n", cfg.Backend, way)
+	}
 	_, err = auditlog.LoadKey(cfg.Audit.Key)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil // as the host keys

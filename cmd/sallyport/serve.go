@@ -97,6 +97,8 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 		return err
 	}
 	defer backend.Close()
+	way, why := backend.Transport()
+	log.Info("sandboxes", "transport", way, "because", why)
 	stopReaper := background(backend.Run)
 	defer stopReaper()
 	audit, err := openLog(ctx, cfg, log)
@@ -169,6 +171,8 @@ type backend interface {
 	backends.Backend
 	Run(context.Context)
 	Ready(context.Context) error
+	// Transport says how sandboxes are reached, and why that way.
+	Transport() (transport, why string)
 	Close() error
 }
 
