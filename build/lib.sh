@@ -225,3 +225,67 @@ network_restore() {
 	done
 	sed -n 's/^forwarding //p' "$1" >/proc/sys/net/ipv4/ip_forward 2>/dev/null || true
 }
+
+# --- the Kubernetes cluster -------------------------------------------------------------------------------------------
+
+cluster=            # the binary of test/cluster
+cluster_ours=       # set if the cluster is ours to stop
+cluster_kubeconfig= # of the cluster to use
+cluster_state=${SALLYPORT_CLUSTER_DIR:-/var/lib/sallyport-cluster}
+
+# cluster_binary: where the binary is kept, by Kubernetes' version and by what it is made of.
+cluster_binary() {
+	local version inputs
+	version=$(sed -n 's|^\tk8s.io/kubernetes \(v[0-9.]*\)$|\1|p' test/cluster/go.mod)
+	inputs=$(cat test/cluster/*.go test/cluster/go.mod test/cluster/go.sum | sha256sum | cut -c1-16)
+	echo "$cache/cluster-$version/$inputs/cluster"
+}
+
+# cluster_is_of NAME: whether a run of that name started the cluster.
+cluster_is_of() { [ "$(cat "$cluster_state/owner" 2>/dev/null)" = "$1" ]; }
+
+# cluster_up NAME: sets cluster_kubeconfig to a cluster. One that KUBECONFIG gives, or that runs on this machine
+# already, is used and left alone; otherwise one is started, and ended again by cluster_down. So is one that an earlier
+# run of the same NAME started and, killed, could not end.
+cluster_up() {
+	if [ -n "${KUBECONFIG:-}" ]; then
+		step "using the cluster of KUBECONFIG"
+		cluster_kubeconfig=$KUBECONFIG
+		return 0
+	fi
+	is_root || die "no cluster: set KUBECONFIG, or run this as root, which starts one"
+	run build/cluster
+	cluster=$(cluster_binary)
+	cluster_kubeconfig=$cluster_state/admin.kubeconfig
+	if ! cluster_is_of "$1" && [ -e "$cluster_kubeconfig" ] &&
+		timeout 10 "$cluster" kubectl get --raw=/readyz >/dev/null 2>&1; then
+		step "using the Kubernetes cluster that runs on this machine"
+		return 0
+	fi
+	step "starting a Kubernetes cluster"
+	cluster_ours=yes
+	local log
+	log=$(mktemp)
+	if ! run "$cluster" up >"$log" 2>&1; then
+		cat "$log" >&2
+		rm -f "$log"
+		die "the cluster does not start"
+	fi
+	rm -f "$log"
+	echo "$1" >"$cluster_state/owner"
+}
+
+# cluster_image IMAGE: copies an image from the Docker engine to a cluster of this machine.
+cluster_image() {
+	[ -n "$cluster" ] || return 0
+	# shellcheck disable=SC2016 # for the inner shell
+	run bash -c 'set -o pipefail; docker save "$1" | "$2" import -' - "$1" "$cluster" ||
+		die "the cluster does not take the image $1"
+}
+
+# cluster_down: ends the cluster that is ours.
+cluster_down() {
+	[ -n "$cluster_ours" ] || return 0
+	cluster_ours=
+	"$cluster" down || true
+}
