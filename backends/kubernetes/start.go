@@ -331,8 +331,8 @@ func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, he
 		return client, nil
 	}
 	stream.Close()
-	if ctx.Err() == nil && stream.err != nil {
-		return nil, fmt.Errorf("%w: %w", err, stream.err)
+	if why := stream.why(); why != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("%w: %w", err, why)
 	}
 	return nil, err
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
@@ -68,12 +69,28 @@ func (k *cluster) exec(ctx context.Context, at slot, spdy bool, command ...strin
 	return s, nil
 }
 
-// Close implements net.Conn. It returns when nothing of the stream is used any more.
+// streamEnd bounds the wait for the end of a stream. A SPDY upgrade that nobody answers does not look at its context.
+const streamEnd = 2 * time.Second
+
+// Close implements net.Conn. It returns when nothing of the stream is used any more, or a little later.
 func (s *stream) Close() error {
 	err := s.Conn.Close()
 	s.stop()
-	<-s.ended
+	select {
+	case <-s.ended:
+	case <-time.After(streamEnd):
+	}
 	return err
+}
+
+// why is why the stream ended; nil if it has not.
+func (s *stream) why() error {
+	select {
+	case <-s.ended:
+		return s.err
+	default:
+		return nil
+	}
 }
 
 // maxTail bounds what is kept of a program's error output.
