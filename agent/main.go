@@ -68,8 +68,11 @@ func Main(args []string, stdout, stderr io.Writer) int {
 		err = serveCommand(args[2:])
 	case len(args) > 1 && args[1] == "relay":
 		err = relayCommand(args[2:])
+	case len(args) == 3 && args[1] == "install":
+		err = install(args[2])
 	default:
-		err = errors.New("usage: sallyport-agent serve --key KEY (--socket PATH | --relay PATH) | relay --socket PATH | version")
+		err = errors.New("usage: sallyport-agent serve --key KEY (--socket PATH | --relay PATH) | relay --socket PATH | " +
+			"install DIRECTORY | version")
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "sallyport-agent:", err)

@@ -70,6 +70,10 @@ type Sandbox struct {
 	Caps       []string `json:"caps,omitempty"`
 	Runtime    string   `json:"runtime,omitempty"`
 	ExtraHosts []string `json:"extra_hosts,omitempty"`
+	// Namespace, Nodes (labels that the node must have) and Priority are of Kubernetes alone.
+	Namespace string            `json:"namespace,omitempty"`
+	Nodes     map[string]string `json:"nodes,omitempty"`
+	Priority  string            `json:"priority,omitempty"`
 	// ExecAudit says whether what the session executes is reported from inside: "required", "preferred" (default) or "off".
 	ExecAudit string `json:"exec_audit,omitempty"`
 	// ExecStrict has each execution wait until its report is recorded.
@@ -80,7 +84,8 @@ type Sandbox struct {
 
 // Mount is one mount of a profile. It is read-only unless Write is true.
 type Mount struct {
-	Type   string `json:"type,omitempty"` // "bind" (default) or "volume"
+	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image" or "projected".
+	Type   string `json:"type,omitempty"`
 	Source string `json:"source"`
 	Target string `json:"target"`
 	Write  bool   `json:"write,omitempty"`

@@ -87,7 +87,7 @@ func TestSchemasMatchTypes(t *testing.T) {
 		Sandbox: Sandbox{Image: "i", PullPolicy: "never", User: "1:1", Groups: []uint32{1}, Hostname: "h", Home: "/h",
 			Env: []string{"A=b"}, Mounts: []Mount{{Type: "bind", Source: "/s", Target: "/t", Write: true}}, Network: "n",
 			Memory: "1Gi", CPUs: 1.5, PIDs: 1, TmpSize: "1M", HomeSize: "1k", Scratch: "volume", Caps: []string{"NET_RAW"},
-			Runtime: "runsc", ExtraHosts: []string{"a:192.0.2.1"}, ExecAudit: "required", ExecStrict: true, ExecStuckLimit: "5s"},
+			Runtime: "runsc", ExtraHosts: []string{"a:192.0.2.1"}, Namespace: "n", Nodes: map[string]string{"example.com/pool": "debug"}, Priority: "low", ExecAudit: "required", ExecStrict: true, ExecStuckLimit: "5s"},
 		Permit: Permit{Shell: true, Exec: true, SFTP: true, Env: []string{"LC_*"}, Forward: []string{"db:5432"},
 			Listen: []string{"localhost:0"}, Agent: true, X11: true, ForwardContent: "full",
 			Input: "all", MaxDuration: "1h", IdleTimeout: "1m", DataLimit: "1Mi",

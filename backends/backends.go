@@ -85,6 +85,16 @@ type RefusedError struct{ Reason string }
 
 func (e *RefusedError) Error() string { return "sandbox refused: " + e.Reason }
 
+// StartError says why a sandbox did not start, in words that the client may read.
+type StartError struct {
+	Text string // one line: what happened and what to do
+	Err  error  // all there is to know, for the gate's own log
+}
+
+func (e *StartError) Error() string { return e.Text + ": " + e.Err.Error() }
+
+func (e *StartError) Unwrap() error { return e.Err }
+
 // Spec is a sandbox to be started. Template is what the sandbox is, equal for all logins of a profile; Owner is whose
 // it is.
 type Spec struct {
@@ -119,12 +129,19 @@ type Template struct {
 	Runtime    string    `json:"runtime,omitempty"`     // OCI runtime; empty: the engine's default
 	ExtraHosts []string  `json:"extra_hosts,omitempty"` // "name:address" lines for /etc/hosts
 	ExecAudit  ExecAudit `json:"exec_audit,omitzero"`   // reports of executed programs
+
+	// Of Kubernetes alone; a backend without them refuses them.
+	Namespace string            `json:"namespace,omitempty"` // empty: the backend's default
+	Nodes     map[string]string `json:"nodes,omitempty"`     // labels that the node must have
+	Priority  string            `json:"priority,omitempty"`  // PriorityClass; empty: the backend's default
 }
 
 // Mount brings data into a sandbox.
 type Mount struct {
-	Type   string `json:"type,omitempty"`  // "bind" (default) or "volume"
-	Source string `json:"source"`          // host path, or volume name
+	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image" or "projected".
+	Type string `json:"type,omitempty"`
+	// Source is a path on the host, a name, an image's reference, or "configmap:NAME,secret:NAME" of a projected one.
+	Source string `json:"source"`
 	Target string `json:"target"`          // absolute path inside
 	Write  bool   `json:"write,omitempty"` // false: read-only
 }

@@ -4,6 +4,7 @@ package config
 
 import (
 	"bytes"
+	"encoding"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +22,7 @@ import (
 	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/backends/docker"
+	"github.com/sallyport/sallyport/backends/kubernetes"
 	"github.com/sallyport/sallyport/sshserver"
 )
 
@@ -39,8 +41,12 @@ type Config struct {
 	Policy authz.Config `yaml:"policy"`
 	// Audit is the log.
 	Audit Audit `yaml:"audit"`
+	// Backend says which of the two that follow runs the sandboxes: docker or kubernetes.
+	Backend string `yaml:"backend"`
 	// Docker is the engine that runs the sandboxes, and its limits.
 	Docker docker.Config `yaml:"docker"`
+	// Kubernetes is the cluster that runs the sandboxes, and its limits.
+	Kubernetes kubernetes.Config `yaml:"kubernetes"`
 	// Monitor serves health and metrics.
 	Monitor Monitor `yaml:"monitor"`
 	// Admin is the socket of the session and grant commands.
@@ -48,6 +54,12 @@ type Config struct {
 	// Logging is the gate's own log to standard error.
 	Logging Logging `yaml:"logging"`
 }
+
+// Values of Config.Backend.
+const (
+	BackendDocker     = "docker"
+	BackendKubernetes = "kubernetes"
+)
 
 // Audit is the log's part.
 type Audit struct {
@@ -121,12 +133,14 @@ type Logging struct {
 // Default is the configuration of an empty file.
 func Default() Config {
 	return Config{
-		State:   "/var/lib/sallyport",
-		SSH:     sshserver.DefaultConfig(),
-		Docker:  docker.Config{}.WithDefaults(),
-		Audit:   Audit{Config: auditlog.Config{}.WithDefaults(), Data: "all"},
-		Monitor: Monitor{Listen: "127.0.0.1:9222"},
-		Logging: Logging{Format: "text", Level: "info"},
+		State:      "/var/lib/sallyport",
+		SSH:        sshserver.DefaultConfig(),
+		Backend:    BackendDocker,
+		Docker:     docker.Config{}.WithDefaults(),
+		Kubernetes: kubernetes.Config{}.WithDefaults(),
+		Audit:      Audit{Config: auditlog.Config{}.WithDefaults(), Data: "all"},
+		Monitor:    Monitor{Listen: "127.0.0.1:9222"},
+		Logging:    Logging{Format: "text", Level: "info"},
 	}
 }
 
@@ -221,6 +235,7 @@ func Parse(b []byte, dir string) (Config, error) {
 		}
 	}
 	abs(&c.Docker.Agent, "")
+	abs(&c.Kubernetes.Kubeconfig, "")
 	for _, p := range []*string{&c.Docker.TLS.CA, &c.Docker.TLS.Cert, &c.Docker.TLS.Key} {
 		if abs(p, ""); *p != "" {
 			c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, *p)
@@ -245,13 +260,17 @@ func Parse(b []byte, dir string) (Config, error) {
 
 // sizePlace is the place of a size that does not parse: the decoder gives none for types with a text form of their own.
 func sizePlace(b []byte) string {
-	for _, at := range []string{"$.docker.memory", "$.docker.max_memory"} {
+	for at, size := range map[string]encoding.TextUnmarshaler{
+		"$.docker.memory": new(docker.Size), "$.docker.max_memory": new(docker.Size),
+		"$.kubernetes.memory": new(kubernetes.Size), "$.kubernetes.max_memory": new(kubernetes.Size),
+		"$.kubernetes.storage": new(kubernetes.Size), "$.kubernetes.max_storage": new(kubernetes.Size),
+	} {
 		path, err := yaml.PathString(at)
 		if err != nil {
 			continue
 		}
 		var text string
-		if path.Read(bytes.NewReader(b), &text) != nil || new(docker.Size).UnmarshalText([]byte(text)) == nil {
+		if path.Read(bytes.NewReader(b), &text) != nil || size.UnmarshalText([]byte(text)) == nil {
 			continue
 		}
 		if source, err := path.AnnotateSource(b, false); err == nil {
@@ -270,6 +289,15 @@ func (c Config) validate() error {
 	}
 	if err := c.Audit.Store.validate(); err != nil {
 		return err
+	}
+	switch c.Backend {
+	case BackendDocker:
+	case BackendKubernetes:
+		if err := c.Kubernetes.Validate(); err != nil {
+			return fmt.Errorf("kubernetes.%w", err)
+		}
+	default:
+		return fmt.Errorf("backend: %q is none of docker, kubernetes", c.Backend)
 	}
 	if c.Monitor.Listen != "" {
 		if _, _, err := net.SplitHostPort(c.Monitor.Listen); err != nil {

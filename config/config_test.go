@@ -51,7 +51,7 @@ func compare(t *testing.T, path string, doc, code reflect.Value) {
 		}
 		return
 	}
-	if doc.Kind() == reflect.Slice && doc.Len() == 0 && code.Len() == 0 {
+	if (doc.Kind() == reflect.Slice || doc.Kind() == reflect.Map) && doc.Len() == 0 && code.Len() == 0 {
 		return
 	}
 	if !reflect.DeepEqual(doc.Interface(), code.Interface()) {
@@ -138,6 +138,11 @@ func TestParse(t *testing.T) {
 		{good + "audit: {store: {s3: {bucket: evidence, endpoint: 'http://s3.example.com'}}}\n", "audit.store.s3.endpoint"},
 		{good + "audit: {store: {prune: {max_age: 1s}}}\n", "audit.store.prune.max_age"},
 		{good + "docker: {memory: lots}\n", "docker.memory"},
+		{good + "backend: podman\n", "backend"},
+		{good + "kubernetes: {storage: lots}\n", "kubernetes.storage"},
+		{good + "backend: kubernetes\nkubernetes: {namespace: A}\n", "kubernetes.namespaces"},
+		{good + "backend: kubernetes\nkubernetes: {networks: {db: {egress: [{cidr: 10.0.0.1/8}]}}}\n", "kubernetes.networks.db.egress"},
+		{good + "kubernetes: {networks: {db: {egres: []}}}\n", "egres"},
 		{good + "docker: {transport: pigeon}\n", "docker.transport"},
 		{good + "docker: {host: 'tcp://engine:2375'}\n", "docker.tls"},
 		{good + "docker: {tls: {nosuch: x}}\n", "nosuch"},

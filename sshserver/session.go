@@ -379,7 +379,10 @@ func (c *conn) ready(ctx context.Context) (backends.Sandbox, error) {
 
 func startFailure(err error) string {
 	var refused *backends.RefusedError
+	var known *backends.StartError
 	switch {
+	case errors.As(err, &known):
+		return known.Text
 	case errors.As(err, &refused):
 		return "the sandbox is forbidden by this gate's own limits: tell an operator"
 	case errors.Is(err, context.DeadlineExceeded):

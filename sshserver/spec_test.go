@@ -13,7 +13,8 @@ func TestSpecOf(t *testing.T) {
 		Allow: true, Ticket: "OPS-1", Profile: "p", NotAfter: time.Unix(2e9, 0),
 		Sandbox: authz.Sandbox{
 			Image: "debug:1", User: "1001:4", Memory: "512Mi", TmpSize: "1G", Groups: []uint32{4},
-			Mounts: []authz.Mount{{Source: "/var/log/x", Target: "/logs"}},
+			Mounts:    []authz.Mount{{Source: "/var/log/x", Target: "/logs"}},
+			Namespace: "debug", Nodes: map[string]string{"pool": "debug"}, Priority: "low",
 		},
 	}
 	spec, err := specOf("gate", "session", "alice", d)
@@ -22,6 +23,9 @@ func TestSpecOf(t *testing.T) {
 	}
 	tpl, o := spec.Template, spec.Owner
 	if tpl.UID != 1001 || tpl.GID != 4 || tpl.Memory != 512<<20 || tpl.TmpSize != 1e9 || len(tpl.Mounts) != 1 || tpl.Mounts[0].Write {
+		t.Errorf("template %+v", tpl)
+	}
+	if tpl.Namespace != "debug" || tpl.Nodes["pool"] != "debug" || tpl.Priority != "low" {
 		t.Errorf("template %+v", tpl)
 	}
 	if o.User != "alice" || o.Session != "session" || o.Grant != "OPS-1" || !o.Expires.Equal(d.NotAfter) {

@@ -3,6 +3,8 @@ package sshserver
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"sync"
@@ -27,6 +29,31 @@ func (s *stuck) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox
 		return nil, context.Cause(ctx)
 	}
 	return s.Backend.Start(ctx, spec)
+}
+
+// failing is a backend that says why it can't.
+type failing struct{ backends.Backend }
+
+func (failing) Start(context.Context, backends.Spec) (backends.Sandbox, error) {
+	return nil, fmt.Errorf("far: %w", &backends.StartError{Text: "no room: try again", Err: errors.New("node 10.0.0.1 is full")})
+}
+
+// The client reads what a backend has to say to it, and no more.
+func TestStartError(t *testing.T) {
+	g := newGate(t, nil)
+	g.server.Backend = failing{g.backend}
+	s, err := g.dial("alice").NewSession()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var errOut bytes.Buffer
+	s.Stderr = &errOut
+	if err := s.Run("true"); err == nil {
+		t.Error("it ran")
+	}
+	if got := errOut.String(); !strings.Contains(got, "no room: try again") || strings.Contains(got, "10.0.0.1") {
+		t.Errorf("stderr %q", got)
+	}
 }
 
 // A call that hangs holds up its own connection and no other; the connection ends with a clear message.

@@ -47,7 +47,12 @@ func build(dir string, race bool) error {
 }
 
 func run(m *testing.M) int {
-	if err := exec.Command("docker", "version").Run(); err != nil {
+	if onKubernetes {
+		if err := clusterAnswers(); err != nil {
+			fmt.Fprintln(os.Stderr, "test:", err)
+			return 1
+		}
+	} else if err := exec.Command("docker", "version").Run(); err != nil {
 		if os.Getenv("SALLYPORT_REQUIRE_DOCKER") != "" {
 			fmt.Fprintln(os.Stderr, "test: no Docker engine answers, and SALLYPORT_REQUIRE_DOCKER is set")
 			return 1
@@ -63,7 +68,7 @@ func run(m *testing.M) int {
 	defer os.RemoveAll(dir)
 	binaries = dir
 	if !noEngine {
-		if err := build(dir, true); err != nil {
+		if err := errors.Join(build(dir, true), writeHelpers(dir)); err != nil {
 			fmt.Fprintln(os.Stderr, "test:", err)
 			return 1
 		}
@@ -99,6 +104,9 @@ func TestScripts(t *testing.T) {
 var relayed = []string{"login", "crash", "forwarding", "programs", "transfers"}
 
 func TestRelayedScripts(t *testing.T) {
+	if onKubernetes {
+		t.Skip("there is no other way than the relay on Kubernetes")
+	}
 	if noEngine {
 		t.Skip("no Docker engine answers")
 	}
@@ -146,6 +154,9 @@ type state struct {
 	jobs  map[string]*exec.Cmd
 	since time.Time      // when it was made
 	s3    *s3test.Server // of scripts that start one
+
+	killed  bool   // the gate did not end in order, and no other has started since
+	version string // of the namespace's pods when it was made, on Kubernetes
 }
 
 type stateKey struct{}
@@ -163,6 +174,10 @@ func setUp(env *testscript.Env, transport string) error {
 	env.Setenv("DATA", filepath.Join(env.WorkDir, "data"))
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("IMAGE", image())
+	env.Setenv("BACKEND", "docker")
+	if onKubernetes {
+		env.Setenv("BACKEND", "kubernetes")
+	}
 	env.Setenv("TERM", "xterm")
 	env.Defer(func() {
 		for _, j := range s.jobs {
@@ -200,12 +215,25 @@ func newState(dir, transport string) (*state, error) {
 			return nil, fmt.Errorf("ssh-keygen: %w: %s", err, out)
 		}
 	}
+	if onKubernetes {
+		if err := s.makeNamespace(); err != nil {
+			return nil, err
+		}
+	}
 	pub := func(name string) string {
 		b, err := os.ReadFile(filepath.Join(dir, name+".key.pub"))
 		if err != nil {
 			return ""
 		}
 		return strings.TrimSpace(string(b))
+	}
+	profile := map[string]any{
+		"image": image(), "memory": "4Gi", "pids": 512,
+		"mounts": []any{map[string]any{"source": filepath.Join(dir, "production"), "target": "/production"}},
+		"permit": map[string]any{"shell": true, "exec": true, "sftp": true, "env": []string{"LANG", "LC_*", "GIT_PROTOCOL"}},
+	}
+	if onKubernetes {
+		delete(profile, "pids") // a pod has no limit of its own
 	}
 	write := func(name, text string) error {
 		return os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600)
@@ -223,19 +251,12 @@ policy:
 audit:
   store:
     directory: log
-docker:
-  bind_prefixes: [production]
-  transport: %s
 monitor:
   listen: ""
-`, s.name, port, transport)),
+%s`, s.name, port, s.backendConfig(transport))),
 		writeJSON(filepath.Join(dir, "data/users/alice.json"), map[string]any{"keys": []string{pub("alice")}}),
 		writeJSON(filepath.Join(dir, "data/users/mallory.json"), map[string]any{"keys": []string{pub("mallory")}}),
-		writeJSON(filepath.Join(dir, "data/profiles/debug.json"), map[string]any{
-			"image": image(), "memory": "4Gi", "pids": 512,
-			"mounts": []any{map[string]any{"source": filepath.Join(dir, "production"), "target": "/production"}},
-			"permit": map[string]any{"shell": true, "exec": true, "sftp": true, "env": []string{"LANG", "LC_*", "GIT_PROTOCOL"}},
-		}),
+		writeJSON(filepath.Join(dir, "data/profiles/debug.json"), profile),
 		s.grant("alice", "OPS-1", "debug", -time.Minute, time.Hour),
 		s.sshConfig("alice"),
 	)
@@ -246,7 +267,10 @@ func (s *state) end() error {
 	err := s.stop(syscall.SIGTERM)
 	left, lerr := s.left()
 	if len(left) > 0 {
-		lerr = errors.Join(lerr, fmt.Errorf("containers left behind: %v", left))
+		lerr = errors.Join(lerr, fmt.Errorf("sandboxes left behind: %v", left))
+	}
+	if onKubernetes {
+		lerr = errors.Join(lerr, s.removeNamespace())
 	}
 	return errors.Join(err, lerr)
 }
@@ -307,7 +331,7 @@ func (s *state) start(config string) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	s.gate, s.gone = cmd, make(chan struct{})
+	s.gate, s.gone, s.killed = cmd, make(chan struct{}), false
 	go func(gone chan struct{}) { cmd.Wait(); close(gone) }(s.gone)
 	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if nc, err := net.Dial("tcp", "127.0.0.1:"+strconv.Itoa(s.port)); err == nil {
@@ -330,6 +354,7 @@ func (s *state) stop(sig syscall.Signal) error {
 		return nil
 	}
 	s.gate.Process.Signal(sig)
+	s.killed = sig == syscall.SIGKILL
 	select {
 	case <-s.gone:
 	case <-time.After(90 * time.Second):
@@ -352,8 +377,11 @@ func (s *state) server() string {
 	return s.name + "-" + strings.TrimSpace(string(b))
 }
 
-// own are the containers of this script's gate.
+// own are the sandboxes of this script's gate.
 func (s *state) own() ([]string, error) {
+	if onKubernetes {
+		return s.ownPods()
+	}
 	out, err := exec.Command("docker", "ps", "-aq", "--no-trunc", "--filter", "label=sallyport.server="+s.server()).Output()
 	if err != nil {
 		return nil, fmt.Errorf("docker ps: %w", err)
@@ -549,9 +577,18 @@ func cmdSandboxes(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Fatalf("sandboxes: have %v (%v), want %d", own, err, want)
 }
 
-// cmdMade: made N: this gate has had N containers created since its directory was made, as the engine's events tell.
+// cmdMade: made N: this gate has had N sandboxes created since its directory was made, as the engine's events tell, or the
+// cluster's.
 func cmdMade(ts *testscript.TestScript, neg bool, args []string) {
 	s := get(ts)
+	if onKubernetes {
+		n, err := s.madePods()
+		ts.Check(err)
+		if strconv.Itoa(n) != args[0] {
+			ts.Fatalf("made: %d pods were created, want %s", n, args[0])
+		}
+		return
+	}
 	out, err := exec.Command("docker", "events", "--since", strconv.FormatInt(s.since.Unix(), 10), "--until", "0s",
 		"--filter", "event=create", "--filter", "label=sallyport.server="+s.server()).Output()
 	ts.Check(err)
@@ -583,7 +620,13 @@ func cmdBackground(ts *testscript.TestScript, neg bool, args []string) {
 	out, err := os.Create(ts.MkAbs(args[0] + ".out"))
 	ts.Check(err)
 	defer out.Close()
-	cmd := exec.Command(args[1], args[2:]...)
+	name := args[1]
+	if own := filepath.Join(s.bin, name); filepath.Base(name) == name {
+		if _, err := os.Stat(own); err == nil {
+			name = own
+		}
+	}
+	cmd := exec.Command(name, args[2:]...)
 	cmd.Dir = s.dir
 	r, w, err := os.Pipe()
 	ts.Check(err)

@@ -22,6 +22,8 @@ func condition(cond string) (bool, error) {
 	switch cond {
 	case "s3":
 		return hasS3()
+	case "kubernetes":
+		return onKubernetes, nil
 	case "postgres":
 		return hasPostgres()
 	}

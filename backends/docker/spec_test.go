@@ -79,6 +79,12 @@ func TestRefusals(t *testing.T) {
 		{"all capabilities", config, func(t *backends.Template) { t.Caps = []string{"ALL"} }, "all of them"},
 		{"DAC_OVERRIDE", config, func(t *backends.Template) { t.Caps = []string{"DAC_OVERRIDE"} }, "open the agent"},
 		{"spelling", config, func(t *backends.Template) { t.Caps = []string{"CAP_NET_RAW"} }, "written"},
+		{"namespace", config, func(t *backends.Template) { t.Namespace = "x" }, "Kubernetes"},
+		{"node", config, func(t *backends.Template) { t.Nodes = map[string]string{"a": "b"} }, "Kubernetes"},
+		{"priority", config, func(t *backends.Template) { t.Priority = "x" }, "Kubernetes"},
+		{"config map", config, func(t *backends.Template) {
+			t.Mounts = []backends.Mount{{Type: "configmap", Source: "vol", Target: "/v"}}
+		}, "unknown"},
 		{"network", Config{}, func(t *backends.Template) { t.Network = "payments" }, "not listed"},
 		{"network listed", config, func(t *backends.Template) { t.Network = "payments" }, ""},
 		{"bridge", Config{}, func(t *backends.Template) { t.Network = "bridge" }, "not listed"},

@@ -15,7 +15,6 @@ import (
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
-	"github.com/sallyport/sallyport/backends/docker"
 	"github.com/sallyport/sallyport/config"
 	"github.com/sallyport/sallyport/sshserver"
 )
@@ -80,7 +79,7 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	backend, err := docker.New(ctx, cfg.Docker, cfg.Gate, quiet)
+	backend, err := openBackend(ctx, cfg, cfg.Gate, quiet)
 	way := ""
 	if err == nil {
 		err = backend.Ready(ctx)
@@ -88,8 +87,8 @@ func check(ctx context.Context, name string, out io.Writer) error {
 		way = "sandboxes are reached by " + transport + ": " + why
 		backend.Close()
 	}
-	if say("docker", err) {
-		fmt.Fprintf(out, "%-10s note: %s\n", "docker", way)
+	if say(cfg.Backend, err) {
+		fmt.Fprintf(out, "%-10s note: %s\n", cfg.Backend, way)
 	}
 	_, err = auditlog.LoadKey(cfg.Audit.Key)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/sallyport/sallyport/backends/kubernetes"
 	"github.com/sallyport/sallyport/sshserver"
 )
 
@@ -42,6 +43,8 @@ func demoCommand() *cobra.Command {
 	cmd.Flags().IntVar(&d.port, "port", 2222, "port on 127.0.0.1")
 	cmd.Flags().StringVar(&d.image, "image", "sallyport/debug:1", "the profile's image")
 	cmd.Flags().StringVar(&d.bin, "bin", "", "directory of the binaries (default: this one's)")
+	cmd.Flags().StringVar(&d.kubeconfig, "kubeconfig", "", "run the sandboxes on this cluster, in a namespace of the demo's own")
+	cmd.Flags().StringVar(&d.agentImage, "agent-image", "sallyport/agent:1", "the image that brings the agent, on a cluster")
 	cmd.Flags().BoolVar(&d.once, "once", false, "end after the proof")
 	return cmd
 }
@@ -51,7 +54,11 @@ type demo struct {
 	dir, image, bin string
 	port            int
 	once            bool
-	out, err        io.Writer
+
+	kubeconfig, agentImage string
+	cluster                *kubernetes.Demo // nil: on Docker
+
+	out, err io.Writer
 
 	gate *exec.Cmd
 	gone chan error // the gate's end
@@ -62,6 +69,15 @@ func (d *demo) path(name ...string) string { return filepath.Join(append([]strin
 func (d *demo) run(ctx context.Context) (err error) {
 	if d.dir, err = filepath.Abs(d.dir); err != nil {
 		return err
+	}
+	if d.kubeconfig != "" {
+		if d.kubeconfig, err = filepath.Abs(d.kubeconfig); err != nil {
+			return err
+		}
+		if d.cluster, err = kubernetes.NewDemo(ctx, d.kubeconfig); err != nil {
+			return fmt.Errorf("demo: %w", err)
+		}
+		defer func() { err = errors.Join(err, d.cluster.Remove()) }()
 	}
 	if err := d.setUp(); err != nil {
 		return fmt.Errorf("demo: %w", err)
@@ -156,11 +172,9 @@ policy:
 audit:
   store:
     directory: log
-docker:
-  bind_prefixes: [production]
 monitor:
   listen: ""
-`, d.port),
+%s`, d.port, d.backendConfig()),
 	}
 	for name, text := range files {
 		if err := os.WriteFile(d.path(name), []byte(text), 0o644); err != nil {
@@ -171,7 +185,7 @@ monitor:
 	data := map[string]any{
 		"users/" + demoUser: map[string]any{"keys": []string{strings.TrimSpace(string(userPub))}},
 		"profiles/demo": map[string]any{
-			"image": d.image, "memory": "4Gi", "home_size": "1536Mi", "tmp_size": "512Mi", "pids": 1024,
+			"image": d.image, "memory": "4Gi", "home_size": "1536Mi", "tmp_size": "512Mi",
 			"mounts": []any{map[string]any{"source": d.path("production"), "target": "/production"}},
 			"permit": map[string]any{
 				"shell": true, "exec": true, "sftp": true,
@@ -183,6 +197,16 @@ monitor:
 			"profile": "demo", "not_before": now.Add(-time.Minute).Format(time.RFC3339),
 			"not_after": now.Add(demoHour).Format(time.RFC3339), "reason": "to try Sallyport", "approved_by": "make demo",
 		}},
+	}
+	if profile := data["profiles/demo"].(map[string]any); d.cluster != nil {
+		// Smaller, as a cluster to try may be small; and the data is not on its nodes.
+		profile["memory"], profile["home_size"], profile["tmp_size"] = "1Gi", "256Mi", "128Mi"
+		profile["mounts"] = []any{map[string]any{"type": "configmap", "source": "production", "target": "/production"}}
+		if err := d.cluster.PutConfigMap("production", map[string]string{"payments.log": sample}); err != nil {
+			return err
+		}
+	} else {
+		profile["pids"] = 1024
 	}
 	for name, v := range data {
 		b, err := json.MarshalIndent(v, "", "  ")
@@ -199,6 +223,21 @@ monitor:
 		}
 	}
 	return nil
+}
+
+// backendConfig is the configuration's part about what runs the sandboxes.
+func (d *demo) backendConfig() string {
+	if d.cluster == nil {
+		return "docker:\n  bind_prefixes: [production]\n"
+	}
+	return fmt.Sprintf(`backend: kubernetes
+kubernetes:
+  kubeconfig: %q
+  namespace: %s
+  agent_image: %q
+  config_maps: [production]
+  cpu_share: 0.1
+`, d.kubeconfig, d.cluster.Namespace, d.agentImage)
 }
 
 func copyFile(from, to string) error {

@@ -28,7 +28,9 @@ import (
 	"github.com/sallyport/sallyport/auditlog/file"
 	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
+	"github.com/sallyport/sallyport/backends"
 	"github.com/sallyport/sallyport/backends/docker"
+	"github.com/sallyport/sallyport/backends/kubernetes"
 	"github.com/sallyport/sallyport/config"
 	"github.com/sallyport/sallyport/sshserver"
 )
@@ -90,7 +92,7 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 	if err != nil {
 		return err
 	}
-	backend, err := docker.New(ctx, cfg.Docker, instance, log)
+	backend, err := openBackend(ctx, cfg, instance, log)
 	if err != nil {
 		return err
 	}
@@ -131,7 +133,7 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 		if draining.Load() {
 			return errors.New("draining")
 		}
-		return errors.Join(named("policy", policy.Ready()), named("docker", backend.Ready(ctx)), named("audit", audit.Ready()))
+		return errors.Join(named("policy", policy.Ready()), named(cfg.Backend, backend.Ready(ctx)), named("audit", audit.Ready()))
 	}
 	stopMonitor, err := monitor(cfg.Monitor.Listen, registry, ready, func() string { return storeNote(audit) }, log)
 	if err != nil {
@@ -162,6 +164,31 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 	defer stop()
 	server.Shutdown(again)
 	return err
+}
+
+// backend is what runs sandboxes, and what a gate does with it besides.
+type backend interface {
+	backends.Backend
+	Run(context.Context)
+	Ready(context.Context) error
+	// Transport says how sandboxes are reached, and why that way.
+	Transport() (transport, why string)
+	Close() error
+}
+
+func openBackend(ctx context.Context, cfg config.Config, instance string, log *slog.Logger) (backend, error) {
+	if cfg.Backend == config.BackendKubernetes {
+		b, err := kubernetes.New(ctx, cfg.Kubernetes, instance, log)
+		if err != nil {
+			return nil, err
+		}
+		return b, nil
+	}
+	b, err := docker.New(ctx, cfg.Docker, instance, log)
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
 }
 
 // background runs f until the function it returns is called.
@@ -198,7 +225,7 @@ func lockState(dir string) (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// instanceName tells this gate's containers from every other gate's on the engine, also from one of the same name: the
+// instanceName tells this gate's sandboxes from every other gate's on the engine or cluster, also from one of the same name: the
 // name and a random number that stays in the state directory.
 func instanceName(cfg config.Config) (string, error) {
 	file := filepath.Join(cfg.State, "instance")
@@ -212,7 +239,7 @@ func instanceName(cfg config.Config) (string, error) {
 	}
 	id := strings.TrimSpace(string(b))
 	if len(id) != 10 {
-		return "", fmt.Errorf("state: %s is damaged: remove it, and this gate's containers (docker ps -a --filter label=sallyport.server)", file)
+		return "", fmt.Errorf("state: %s is damaged: remove it, and this gate's sandboxes (label sallyport.server)", file)
 	}
 	return cfg.Gate + "-" + id, nil
 }

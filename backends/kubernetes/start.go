@@ -1,0 +1,460 @@
+package kubernetes
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/sallyport/sallyport/agent"
+	"github.com/sallyport/sallyport/backends"
+)
+
+// insideRelay is where the agent and its relay meet. No process of the session exists before that.
+const insideRelay = agent.RelaySocket
+
+// sandbox is one pod. Its life: Start registers it in live, creates the pod under a free name, and reaches its agent through
+// a relay; watch sees its end; Close removes it.
+type sandbox struct {
+	backend *Backend
+	session string
+	info    backends.Info
+	client  *agent.Client
+
+	death chan *backends.StartError // why the pod failed or ended, once, as the cluster tells it
+	done  chan struct{}
+	err   error // set before done is closed
+
+	mu            sync.Mutex // guards what follows
+	at            slot       // empty before a name was tried
+	uid           types.UID  // empty before the pod is known to exist
+	node          string     // empty before the pod is scheduled
+	unschedulable string     // why it can't be scheduled, as far as is known
+	since         time.Time  // that this is so
+
+	closing sync.Mutex // held by the Close that removes
+	gone    bool       // guarded by closing: all is removed
+	ended   chan struct{}
+	endOnce sync.Once // closes ended: Close was called
+}
+
+var (
+	_ backends.Sandbox  = (*sandbox)(nil)
+	_ backends.Dialer   = (*sandbox)(nil)
+	_ backends.Listener = (*sandbox)(nil)
+)
+
+// Start implements backends.Backend.
+func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox, error) {
+	spec, err := b.check(spec)
+	if err != nil {
+		return nil, fmt.Errorf("kubernetes: %w", err)
+	}
+	s := &sandbox{
+		backend: b, session: spec.Owner.Session,
+		death: make(chan *backends.StartError, 1), done: make(chan struct{}), ended: make(chan struct{}),
+	}
+	b.mu.Lock()
+	_, twice := b.live[s.session]
+	if !twice {
+		b.live[s.session] = s
+	}
+	b.mu.Unlock()
+	if twice {
+		return nil, errors.New("kubernetes: the session has a sandbox already")
+	}
+	if err := s.start(ctx, spec); err != nil {
+		err = fmt.Errorf("kubernetes: %w", err)
+		if rerr := s.remove(ctx); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
+		return nil, err
+	}
+	go s.watch()
+	return s, nil
+}
+
+func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	b, t := s.backend, spec.Template
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return err
+	}
+	if err := b.ensurePolicy(ctx, t.Namespace, t.Network); err != nil {
+		return failed("make the network policy", err)
+	}
+	pod, err := s.create(ctx, spec, base64.StdEncoding.EncodeToString(public))
+	if err != nil {
+		return err
+	}
+	pod.ManagedFields = nil
+	s.info = backends.Info{Backend: "kubernetes", Image: t.Image, Digest: pinned(t.Image), Spec: pod}
+	err = s.reach(ctx, private, agent.Hello{
+		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: t.ExecAudit, Reports: spec.Reports,
+	})
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.info.Node = s.node
+	s.mu.Unlock()
+	s.info.ExecAudit = s.client.ExecAudit()
+	return nil
+}
+
+// failed adds words for the user to the API server's refusal.
+func failed(what string, err error) error {
+	err = fmt.Errorf("%s: %w", what, err)
+	if text := refusal(err); text != "" {
+		return &backends.StartError{Text: text, Err: err}
+	}
+	return err
+}
+
+// pinned is the digest in a reference. Which image a tag was is only told by the cluster after the session has begun.
+func pinned(reference string) string {
+	if _, digest, ok := strings.Cut(reference, "@"); ok && digest != "" {
+		return reference
+	}
+	return ""
+}
+
+// create makes the pod under the first name of the user's that is free. A name that is taken is the API server's answer, so
+// the limit holds over all gates.
+func (s *sandbox) create(ctx context.Context, spec backends.Spec, key string) (*corev1.Pod, error) {
+	b := s.backend
+	// A request given up half-way leaves nobody knows what.
+	detachedCtx, stop := detached(ctx)
+	defer stop()
+	for _, sweep := range []bool{false, true} {
+		for n := range b.config.MaxPerUser {
+			if ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+			at := slotOf(spec.Template.Namespace, spec.Owner.User, n)
+			if !s.take(at) {
+				continue
+			}
+			if sweep {
+				// What has finished is an object still, until some gate removes it.
+				if free, err := b.sweep(detachedCtx, at); err != nil || !free {
+					s.release()
+					if err != nil {
+						return nil, failed("look at the user's pods", err)
+					}
+					continue
+				}
+			}
+			var made corev1.Pod
+			err := b.cluster.create(detachedCtx, at.namespace, "pods", build(spec, b.config, b.gate, key, at), &made)
+			switch {
+			case err == nil:
+				s.mu.Lock()
+				s.uid = made.UID
+				s.mu.Unlock()
+				return &made, nil
+			case apierrors.IsAlreadyExists(err):
+				s.release()
+			default:
+				return nil, failed("create the pod", err)
+			}
+		}
+	}
+	return nil, &backends.StartError{
+		Text: fmt.Sprintf("you have %d sandboxes already: end one of them first", b.config.MaxPerUser),
+		Err:  errors.New("all of the user's pod names are taken (max_per_user)"),
+	}
+}
+
+// take takes a name, if no other sandbox of this gate has it.
+func (s *sandbox) take(at slot) bool {
+	b := s.backend
+	b.mu.Lock()
+	taken := b.used[at]
+	if !taken {
+		b.used[at] = true
+	}
+	b.mu.Unlock()
+	if !taken {
+		s.mu.Lock()
+		s.at = at
+		s.mu.Unlock()
+	}
+	return !taken
+}
+
+// release gives the name back.
+func (s *sandbox) release() {
+	s.mu.Lock()
+	at := s.at
+	s.at, s.uid = slot{}, ""
+	s.mu.Unlock()
+	s.backend.mu.Lock()
+	delete(s.backend.used, at)
+	s.backend.mu.Unlock()
+}
+
+// sweep removes the pod of that name if it has finished, and says whether the name is free then.
+func (b *Backend) sweep(ctx context.Context, at slot) (bool, error) {
+	var pod corev1.Pod
+	err := b.cluster.get(ctx, at.namespace, "pods", at.name, &pod)
+	if apierrors.IsNotFound(err) {
+		return true, nil
+	}
+	if err != nil || pod.Labels[labelManaged] != managed || !finished(&pod) {
+		return false, err
+	}
+	return true, b.cluster.deletePod(ctx, at.namespace, at.name, pod.UID)
+}
+
+// attempts paces how often the relay is tried: soon and often at first, as the cluster's word that a container runs comes up to
+// a second after it does, and then ever less, as while an image is pulled.
+func attempts(since time.Duration) time.Duration {
+	switch {
+	case since < 3*time.Second:
+		return 20 * time.Millisecond
+	case since < 15*time.Second:
+		return 100 * time.Millisecond
+	}
+	return 500 * time.Millisecond
+}
+
+// lookEvery is the time between questions for the pod's events while it does not come up: most have come up before the first.
+const lookEvery = 1500 * time.Millisecond
+
+// reach gets to the agent by its relay, and proves the gate to it.
+func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.Hello) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		select {
+		case why := <-s.death:
+			cancel(why)
+		case <-over:
+		}
+	}()
+	began := time.Now()
+	looked := began
+	var last error
+	unauthorized := 0 // once in a row is a token that has just been renewed
+	spdy := s.backend.cluster.spdy.found.Load()
+	for {
+		client, err := s.try(ctx, spdy, key, hello)
+		if err == nil {
+			s.client = client
+			s.backend.cluster.spdy.found.Store(spdy)
+			return nil
+		}
+		var dead *backends.StartError
+		if errors.As(context.Cause(ctx), &dead) {
+			return dead
+		}
+		if ctx.Err() != nil {
+			// What the last attempt met says more than that the time is over.
+			if last == nil {
+				last = err
+			}
+			return s.late(ctx, last)
+		}
+		last = err
+		if upgradeRefused(err) {
+			spdy = !spdy
+		}
+		wait := attempts(time.Since(began))
+		switch status := answered(err); {
+		case status == nil:
+		case apierrors.IsUnauthorized(status) && unauthorized == 0:
+			unauthorized++
+		case apierrors.IsForbidden(status), apierrors.IsUnauthorized(status):
+			return &backends.StartError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
+		case apierrors.IsNotFound(status) && status.Status().Details != nil && status.Status().Details.Kind == "pods":
+			return &backends.StartError{Text: "the sandbox was removed while it started: try again", Err: err}
+		case apierrors.IsTooManyRequests(status), status.Status().Code == http.StatusServiceUnavailable:
+			wait = max(wait, time.Second)
+		}
+		if err := s.unscheduled(); err != nil {
+			return err
+		}
+		if time.Since(looked) > lookEvery {
+			looked = time.Now()
+			if err := s.lookAtEvents(ctx); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// late is the end of a start whose time is over.
+func (s *sandbox) late(ctx context.Context, last error) error {
+	cause := context.Cause(ctx)
+	if errors.Is(cause, context.DeadlineExceeded) {
+		// It is also what the caller is told when nothing is known.
+		return fmt.Errorf("reach the agent: %w; at last: %w", cause, last)
+	}
+	return cause
+}
+
+// try makes one attempt.
+func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
+	if err := s.backend.tries.Wait(ctx); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	at := s.at
+	s.mu.Unlock()
+	stream, err := s.backend.cluster.exec(ctx, at, spdy, insideAgent, "relay", "--socket", insideRelay)
+	if err != nil {
+		return nil, err
+	}
+	client, err := agent.NewClient(ctx, stream, key, hello)
+	if err == nil {
+		return client, nil
+	}
+	stream.Close()
+	if why := stream.why(); why != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("%w: %w", err, why)
+	}
+	return nil, err
+}
+
+func (s *sandbox) ID() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.at.namespace + "/" + s.at.name
+}
+
+func (s *sandbox) Info() backends.Info   { return s.info }
+func (s *sandbox) Done() <-chan struct{} { return s.done }
+
+func (s *sandbox) Err() error {
+	select {
+	case <-s.done:
+		return s.err
+	default:
+		return nil
+	}
+}
+
+func (s *sandbox) Exec(ctx context.Context, p backends.Process) (backends.ExitStatus, error) {
+	return s.client.Exec(ctx, p)
+}
+
+func (s *sandbox) Resolve(ctx context.Context, host string) ([]netip.Addr, error) {
+	return s.client.Resolve(ctx, host)
+}
+
+func (s *sandbox) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return s.client.DialContext(ctx, network, address)
+}
+
+func (s *sandbox) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	return s.client.Listen(ctx, network, address)
+}
+
+// deathWait is how long the cluster's word about an end is waited for: a kubelet looks once a second.
+const deathWait = 3 * time.Second
+
+// watch finds out why the sandbox ended.
+func (s *sandbox) watch() {
+	defer close(s.done)
+	var why *backends.StartError
+	select {
+	case <-s.ended:
+		return
+	case why = <-s.death:
+		// The pod ends, or is said to have ended: an evicted one may go on for a while.
+		s.client.Close()
+	case <-s.client.Done():
+		s.err = s.client.Err()
+		select {
+		case why = <-s.death:
+		case <-s.ended:
+			return
+		case <-time.After(deathWait):
+		}
+	}
+	switch {
+	case why != nil:
+		s.err = why
+	case s.err == nil:
+		s.err = errors.New("the sandbox ended")
+	default:
+		s.mu.Lock()
+		s.err = fmt.Errorf("%w; the cluster has said nothing of the pod, on node %q", s.err, s.node)
+		s.mu.Unlock()
+	}
+}
+
+// Close implements backends.Sandbox.
+func (s *sandbox) Close(ctx context.Context) error {
+	s.endOnce.Do(func() { close(s.ended) })
+	s.client.Close()
+	err := s.remove(ctx)
+	<-s.done
+	return err
+}
+
+// remove removes the pod. If that fails, it stays known as nobody's, and Run tries again.
+func (s *sandbox) remove(ctx context.Context) error {
+	s.closing.Lock()
+	defer s.closing.Unlock()
+	if s.gone {
+		return nil
+	}
+	ctx, stop := detached(ctx)
+	defer stop()
+	if s.client != nil {
+		s.client.Close()
+	}
+	s.mu.Lock()
+	at, uid := s.at, s.uid
+	s.mu.Unlock()
+	var err error
+	if at.name != "" {
+		if uid == "" {
+			uid, err = s.find(ctx, at)
+		}
+		if uid != "" {
+			err = s.backend.cluster.deletePod(ctx, at.namespace, at.name, uid)
+		}
+	}
+	s.backend.mu.Lock()
+	delete(s.backend.live, s.session)
+	delete(s.backend.used, at)
+	s.backend.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("kubernetes: remove sandbox: %w", err)
+	}
+	s.gone = true
+	return nil
+}
+
+// find looks for a pod whose creation was asked for and not answered.
+func (s *sandbox) find(ctx context.Context, at slot) (types.UID, error) {
+	var pod corev1.Pod
+	err := s.backend.cluster.get(ctx, at.namespace, "pods", at.name, &pod)
+	if apierrors.IsNotFound(err) || err == nil && pod.Annotations[labelSession] != s.session {
+		return "", nil
+	}
+	return pod.UID, err
+}

@@ -1,0 +1,135 @@
+package kubernetes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/klog/v2"
+	"k8s.io/streaming/pkg/httpstream"
+)
+
+// spdyOnly says by which protocol the next stream is tried. A proxy before the API server may not let WebSocket through.
+type spdyOnly struct{ found atomic.Bool }
+
+// stream is a program's stdin and stdout in a pod, as a connection.
+type stream struct {
+	net.Conn // the near end
+
+	stop  context.CancelFunc
+	ended chan struct{}
+	err   error // why it ended; set before ended is closed
+}
+
+// exec starts a program in the pod's main container (pods/exec). It does not wait for an answer: a stream that could not be
+// had ends at once, and its err says why.
+func (k *cluster) exec(ctx context.Context, at slot, spdy bool, command ...string) (*stream, error) {
+	r := k.core.Post().Namespace(at.namespace).Resource("pods").Name(at.name).SubResource("exec").
+		VersionedParams(&corev1.PodExecOptions{
+			Container: mainContainer, Command: command, Stdin: true, Stdout: true, Stderr: true,
+		}, k.params)
+	var e remotecommand.Executor
+	var err error
+	if spdy {
+		e, err = remotecommand.NewSPDYExecutor(k.config, http.MethodPost, r.URL())
+	} else {
+		e, err = remotecommand.NewWebSocketExecutor(k.config, http.MethodGet, r.URL().String())
+	}
+	if err != nil {
+		return nil, err
+	}
+	near, far := net.Pipe()
+	// client-go tells its own log what it also returns, each time that a relay is not there yet.
+	ctx, stop := context.WithCancel(klog.NewContext(context.WithoutCancel(ctx), logr.Discard()))
+	s := &stream{Conn: near, stop: stop, ended: make(chan struct{})}
+	go func() {
+		defer close(s.ended)
+		defer stop()
+		var said tail
+		err := e.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: far, Stdout: far, Stderr: &said})
+		far.Close()
+		if err == nil {
+			err = errors.New("the program ended")
+		}
+		if text := said.String(); text != "" {
+			err = fmt.Errorf("%w: %s", err, text)
+		}
+		s.err = err
+	}()
+	return s, nil
+}
+
+// streamEnd bounds the wait for the end of a stream. A SPDY upgrade that nobody answers does not look at its context.
+const streamEnd = 2 * time.Second
+
+// Close implements net.Conn. It returns when nothing of the stream is used any more, or a little later.
+func (s *stream) Close() error {
+	err := s.Conn.Close()
+	s.stop()
+	select {
+	case <-s.ended:
+	case <-time.After(streamEnd):
+	}
+	return err
+}
+
+// why is why the stream ended; nil if it has not.
+func (s *stream) why() error {
+	select {
+	case <-s.ended:
+		return s.err
+	default:
+		return nil
+	}
+}
+
+// maxTail bounds what is kept of a program's error output.
+const maxTail = 1 << 10
+
+// tail keeps the first of what is written, for a message. Two goroutines of the executor's may write and end.
+type tail struct {
+	mu sync.Mutex // guards b
+	b  []byte
+}
+
+func (t *tail) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b = append(t.b, b[:min(len(b), maxTail-len(t.b))]...)
+	return len(b), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return strings.TrimSpace(string(t.b))
+}
+
+// answered gives what the API server itself said to a request for a stream, or nil if something before it answered, or
+// nobody.
+func answered(err error) *apierrors.StatusError {
+	var upgrade *httpstream.UpgradeFailureError
+	if errors.As(err, &upgrade) {
+		err = upgrade.Cause
+	}
+	var status *apierrors.StatusError
+	if errors.As(err, &status) {
+		return status
+	}
+	return nil
+}
+
+// upgradeRefused says that the protocol is what was refused.
+func upgradeRefused(err error) bool {
+	return httpstream.IsHTTPSProxyError(err) || httpstream.IsUpgradeFailure(err) && answered(err) == nil
+}
