@@ -175,7 +175,7 @@ monitor:
 			"mounts": []any{map[string]any{"source": d.path("production"), "target": "/production"}},
 			"permit": map[string]any{
 				"shell": true, "exec": true, "sftp": true,
-				"env": []string{"LANG", "LC_*", "GIT_PROTOCOL", "COLORTERM", "EDITOR"},
+				"env":     []string{"LANG", "LC_*", "GIT_PROTOCOL", "COLORTERM", "EDITOR"},
 				"forward": []string{"*:*", "unix:/**"}, "listen": []string{"*:*", "unix:/**"}, "agent": true, "x11": true,
 			},
 		},
