@@ -110,7 +110,8 @@ func TestRelayedScripts(t *testing.T) {
 	if noEngine {
 		t.Skip("no Docker engine answers")
 	}
-	var p testscript.Params
+	p := params("")
+	p.Setup = func(env *testscript.Env) error { return setUp(env, "relay") }
 	for _, name := range relayed {
 		p.Files = append(p.Files, filepath.Join("scripts", name+".txtar"))
 	}
