@@ -434,20 +434,21 @@ func (s *session) exit(e auditlog.Exit) {
 	}
 }
 
-// finish ends the channel in the order of RFC 4254, section 6.10: output, EOF, exit status or signal, close. The channel
-// keeps its place until the client has closed it too (close).
+// finish ends the channel (RFC 4254, section 6.10): output, exit status or signal, EOF, close. The status comes before the
+// EOF: a client whose own side has ended answers an EOF with its close, which would end the channel first. The channel keeps
+// its place until the client has closed it too (close).
 func (s *session) finish(how any) {
 	if s.screen != nil {
 		s.screen.mu.Lock() // a notice may be on its way; none comes after the EOF
 		s.screen.ended = true
 		s.screen.mu.Unlock()
 	}
-	s.ch.CloseWrite()
 	name := "exit-status"
 	if _, ok := how.(exitSignalMsg); ok {
 		name = "exit-signal"
 	}
 	s.ch.SendRequest(name, false, ssh.Marshal(how))
+	s.ch.CloseWrite()
 	s.ch.Close()
 }
 
