@@ -110,8 +110,7 @@ func TestRelayedScripts(t *testing.T) {
 	if noEngine {
 		t.Skip("no Docker engine answers")
 	}
-	p := params("")
-	p.Setup = func(env *testscript.Env) error { return setUp(env, "relay") }
+	var p testscript.Params
 	for _, name := range relayed {
 		p.Files = append(p.Files, filepath.Join("scripts", name+".txtar"))
 	}
