@@ -278,11 +278,7 @@ func (c *conn) watch() {
 			}
 			sandboxGone = c.sandbox.Done()
 		case <-sandboxGone:
-			err := c.sandbox.Err()
-			if err == nil {
-				err = backends.ErrGone
-			}
-			c.end(&cause{word: "sandbox-gone", text: "the sandbox has ended", detail: err})
+			c.end(goneCause(c.ctx, c.sandbox, backends.ErrGone))
 			return
 		}
 	}

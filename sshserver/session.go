@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -342,10 +343,11 @@ func (s *session) run(p backends.Process) {
 	case err == nil:
 		s.exit(auditlog.Exit{Code: uint32(status.Code), Signal: status.Signal, Core: status.CoreDumped})
 	case errors.Is(err, backends.ErrGone):
-		s.fail(&UserError{Text: "the sandbox has ended", Err: err})
+		why := goneCause(s.ctx, sb, err)
+		s.fail(&UserError{Text: why.text, Err: why.detail})
 		// Said here too, not only by watch: the client leaves at once, and that is not the cause.
-		s.c.end(&cause{word: "sandbox-gone", detail: err})
-		s.exit(failed(err))
+		s.c.end(&cause{word: why.word, detail: why.detail})
+		s.exit(failed(why.detail))
 	case errors.Is(err, backends.ErrNoShell):
 		s.fail(&UserError{Text: "the image has no shell: give a command, as in ssh HOST 'program arguments'", Err: err})
 		s.exit(failed(err))
@@ -370,9 +372,30 @@ func (c *conn) ready(ctx context.Context) (backends.Sandbox, error) {
 	}
 }
 
+// goneWait bounds the wait for a sandbox to say why it ended, which an engine may tell a few seconds later.
+const goneWait = 5 * time.Second
+
+// goneCause is the end of a connection whose sandbox has ended; err is what is known if that says nothing.
+func goneCause(ctx context.Context, sb backends.Sandbox, err error) *cause {
+	select {
+	case <-sb.Done():
+		if why := sb.Err(); why != nil {
+			err = why
+		}
+	case <-ctx.Done():
+	case <-time.After(goneWait):
+	}
+	c := &cause{word: "sandbox-gone", text: "the sandbox has ended", detail: err}
+	var known *backends.TextError
+	if errors.As(err, &known) {
+		c.text = known.Text
+	}
+	return c
+}
+
 func startFailure(err error) string {
 	var refused *backends.RefusedError
-	var known *backends.StartError
+	var known *backends.TextError
 	switch {
 	case errors.As(err, &known):
 		return known.Text
