@@ -38,7 +38,7 @@ const (
 	tellTime     = time.Second      // for the last words on the terminals
 	closeTimeout = 30 * time.Second // for a sandbox's removal
 	finishTime   = 15 * time.Second // for the connection's goroutines
-	failedGrace  = 2 * time.Second  // for channels to report a failed start
+	failedGrace  = 2 * time.Second  // for channels to report a failed start, or a sandbox's end
 )
 
 // conn is one connection. Its life:
@@ -278,7 +278,14 @@ func (c *conn) watch() {
 			}
 			sandboxGone = c.sandbox.Done()
 		case <-sandboxGone:
-			c.end(goneCause(c.ctx, c.sandbox, backends.ErrGone))
+			// Programs notice too, and tell their client before they end the connection.
+			timer := time.NewTimer(failedGrace)
+			defer timer.Stop()
+			select {
+			case <-timer.C:
+				c.end(goneCause(c.ctx, c.sandbox, backends.ErrGone))
+			case <-c.ctx.Done():
+			}
 			return
 		}
 	}
