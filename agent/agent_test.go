@@ -30,6 +30,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	oldKernel = os.Getenv(oldKernelName) != ""
 	RunChild()
 	goleak.VerifyTestMain(m)
 }
@@ -528,10 +529,19 @@ func FuzzRequests(f *testing.F) {
 	var b bytes.Buffer
 	writeMessage(&b, opening{Op: opProcess, Process: 3, Request: request{Kind: 2, Command: "x", Env: []string{"A=b"}}})
 	f.Add(b.Bytes())
+	b.Reset()
+	writeMessage(&b, opening{Op: opDial, Forward: forward{Network: "tcp", Address: "127.0.0.1:80"}, Request: request{X11: &x11{Display: 1}}})
+	f.Add(b.Bytes())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var o opening
 		if readMessage(bytes.NewReader(b), maxRequest, &o) == nil {
 			splitWords(o.Request.Command)
+			parseTarget(o.Forward.Address)
+			listenFamily(o.Forward.Address)
+			checkSocketPath(o.Forward.Address)
+			if o.Request.X11 != nil {
+				o.Request.X11.authority("")
+			}
 		}
 		var r order
 		readMessage(bytes.NewReader(b), maxReport, &r)

@@ -7,6 +7,8 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -19,8 +21,12 @@ import (
 // terms is what the gate wants of the stream of reports.
 type terms struct {
 	Strict bool  `cbor:"1,keyasint,omitempty"`
-	Limit  int64 `cbor:"2,keyasint,omitempty"` // backends.ExecAudit.StuckLimit in nanoseconds
+	Limit  int64 `cbor:"2,keyasint,omitempty"` // nanoseconds a report may wait
 }
+
+// stuckGrace is how much longer than backends.ExecAudit.StuckLimit the agent waits: the gate, if it can, ends the session first,
+// because it knows why.
+const stuckGrace = time.Second
 
 // auditing answers terms: the first message of the stream of reports, and the last one if it says why there are none.
 type auditing struct {
@@ -39,18 +45,22 @@ func (s *server) serveReports(stream *yamux.Stream, t terms) {
 		stream.Close()
 		return
 	}
-	if err := writeMessage(stream, auditing{On: true}); err != nil {
-		s.session.Close()
-		return
-	}
 	rec.relay = s.relay
 	rec.reports = newReports(stream, t.Strict, time.Duration(t.Limit))
+	rec.reports.mu.Lock()
+	rec.reports.finish = rec.finish
+	rec.reports.mu.Unlock()
 	rec.fail = func(err error) {
 		rec.reports.fail(err)
 		s.session.Close()
 	}
+	// In this order: the gate asks for processes as soon as it has the answer, and each must find the recorder.
 	if !s.audit.CompareAndSwap(nil, rec) {
 		rec.fail(errors.New("a second stream of reports"))
+		return
+	}
+	if err := writeMessage(stream, auditing{On: true}); err != nil {
+		rec.fail(fmt.Errorf("answer the gate: %w", err))
 		return
 	}
 	go rec.watchEnds()
@@ -76,6 +86,9 @@ func newRecorder(reap *reaper) (*recorder, error) {
 	}
 	return r, nil
 }
+
+// oldKernel is set by tests: as little is to be relied on as on the oldest kernel, and under the narrowest profile.
+var oldKernel bool
 
 // probe has a child install the filter and make a call that is notified.
 func (r *recorder) probe(reap *reaper) error {
@@ -155,6 +168,11 @@ func (r *recorder) probe(reap *reaper) error {
 	}
 	var info pidfdInfo
 	r.exits = !info.get(pidfd, pidfdInfoExit)
+	if oldKernel {
+		r.exits, r.pollFirst, r.oneRoot = true, true, false
+		r.noVM.Store(true)
+		r.noOpenat2.Store(true)
+	}
 	select {
 	case <-ended:
 		l.close()
@@ -267,12 +285,16 @@ func (c *Client) audit(a backends.ExecAudit, reports func(*backends.Report) erro
 		c.audited = backends.ExecAuditOff
 		return nil
 	}
+	limit := a.StuckLimit
+	if limit <= 0 {
+		limit = defaultStuckLimit
+	}
 	stream, err := c.session.OpenStream()
 	if err != nil {
 		return err
 	}
 	stream.SetDeadline(time.Now().Add(handshakeLimit))
-	err = writeMessage(stream, opening{Op: opReports, Audit: terms{Strict: a.Strict, Limit: int64(a.StuckLimit)}})
+	err = writeMessage(stream, opening{Op: opReports, Audit: terms{Strict: a.Strict, Limit: int64(limit + stuckGrace)}})
 	if err != nil {
 		return err
 	}
@@ -294,15 +316,58 @@ func (c *Client) audit(a backends.ExecAudit, reports func(*backends.Report) erro
 	if a.Strict {
 		c.audited = "on, strict"
 	}
-	go c.takeReports(stream, reports)
+	c.reported = &reported{stream: stream, over: make(chan struct{})}
+	go c.takeReports(stream, reports, limit)
 	return nil
+}
+
+// reported is the gate's end of the stream of reports.
+type reported struct {
+	stream *yamux.Stream
+	over   chan struct{} // closed when no more are taken
+	last   sync.Once
+	asked  atomic.Bool // for the last ones
+}
+
+// lastReports has the agent end all processes and tell what they did to their ends, before the stream is ended: what they
+// did last is not in the gate yet. A sandbox that doesn't comply is waited for as long as that is likely to help.
+func (c *Client) lastReports() {
+	r := c.reported
+	if r == nil {
+		return
+	}
+	r.last.Do(func() {
+		select {
+		case <-c.done:
+			return
+		default:
+		}
+		r.stream.SetWriteDeadline(time.Now().Add(finishLimit))
+		r.asked.Store(true)
+		if writeMessage(r.stream, ack{Finish: true}) != nil {
+			return
+		}
+		timer := time.NewTimer(finishLimit)
+		defer timer.Stop()
+		select {
+		case <-r.over:
+		case <-c.done:
+		case <-timer.C:
+		}
+	})
 }
 
 // ExecAudit says how executed programs are reported: "on", "on, strict", "off", or "off: " and why they can't be.
 func (c *Client) ExecAudit() string { return c.audited }
 
-// takeReports hands reports on and acknowledges them until the stream ends, which ends the session.
-func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report) error) {
+// takeReports hands reports on and acknowledges them until the stream ends, which ends the session, as does a report that
+// is not taken within limit.
+func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report) error, limit time.Duration) {
+	defer close(c.reported.over)
+	stuck := time.AfterFunc(time.Hour, func() {
+		c.end(fmt.Errorf("reports of executed programs: not recorded within %v", limit))
+	})
+	stuck.Stop()
 	in := &buffered{r: stream, b: make([]byte, 0, 4<<10)}
 	var last uint64
 	for {
@@ -312,7 +377,9 @@ func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report
 		}
 		if err == nil {
 			last = rep.Sequence
+			stuck.Reset(limit)
 			err = reports(rep)
+			stuck.Stop()
 		}
 		if err == nil && len(in.rest) == 0 { // one acknowledgement for all that has come
 			stream.SetWriteDeadline(time.Now().Add(orderWait))
@@ -322,6 +389,9 @@ func (c *Client) takeReports(stream *yamux.Stream, reports func(*backends.Report
 			select {
 			case <-c.done:
 			default:
+				if errors.Is(err, io.EOF) && c.reported.asked.Load() {
+					return
+				}
 				c.end(fmt.Errorf("reports of executed programs: %w", err))
 			}
 			return

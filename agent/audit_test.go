@@ -146,7 +146,7 @@ func TestAudit(t *testing.T) {
 	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	command := fmt.Sprintf("cd %s; /bin/echo one; ./script; /bin/sh -c 'kill -TERM $$'; printf 'x%%s\\n' $?; /nowhere/x; "+
+	command := fmt.Sprintf("cd %s; /bin/echo one; ./script; /bin/sh -c 'kill -TERM $$'; printf 'x%%s\n' $?; /nowhere/x; "+
 		"/bin/echo $(printf 'a\\377b'); /bin/true &\nwait", dir)
 	out, _ := x.run(command)
 	if !strings.Contains(out, "one\n") || !strings.Contains(out, "x143") {
@@ -273,10 +273,147 @@ func TestAuditStuck(t *testing.T) {
 			var out lockedBuffer
 			go x.client.Exec(context.Background(), backends.Process{Channel: 1, Kind: backends.KindExec, Command: command, Stdout: &out})
 			waitDone(t, x.client)
+			if err := x.client.Err(); err == nil || !strings.Contains(err.Error(), "not recorded within 1s") {
+				t.Errorf("strict %v: ended with %v", strict, err)
+			}
 			if out.String() != "" {
 				t.Errorf("strict %v: printed %q", strict, out.String())
 			}
 		})
+	}
+}
+
+// oldKernelName is the variable by which a test's agent has oldKernel set.
+const oldKernelName = "SALLYPORT_TEST_OLD_KERNEL"
+
+// TestAuditOldKernel has an agent that can rely on less: all but deaths by signals is reported nevertheless.
+func TestAuditOldKernel(t *testing.T) {
+	t.Setenv(oldKernelName, "1")
+	x := startAudited(t, backends.ExecAudit{})
+	script := filepath.Join(t.TempDir(), "script")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nexit 7\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	x.run("cd " + filepath.Dir(script) + "; ./script; " + script + " b; /bin/sh -c 'exit 8'; /bin/sh -c 'kill -KILL $$'; /bin/true; /nowhere/x")
+	for args, code := range map[string]int{"./script": 7, script + " b": 7, "/bin/sh -c exit 8": 8, "/bin/true": 0} {
+		e := x.exec(args)
+		isScript := args == "./script" || strings.HasPrefix(args, script)
+		if s, end := x.fate(e); s == nil || end == nil || end.Code != code || len(e.Exec.Script) > 0 != isScript || e.Exec.Error != "" {
+			t.Errorf("%q: %+v, started %v, ended %v", args, e.Exec, s, end)
+		}
+	}
+	if s, end := x.fate(x.exec("/bin/sh -c kill -KILL $$")); s == nil || end != nil {
+		t.Errorf("killed: started %v, ended %v", s, end)
+	}
+}
+
+// TestAuditStatic has a program that never says that it has started, as the first one: its start is known nevertheless. One
+// that was left behind by all its parents is told as of what the gate asked for.
+func TestAuditStatic(t *testing.T) {
+	x := startAudited(t, backends.ExecAudit{})
+	if _, err := x.client.Exec(t.Context(), backends.Process{Channel: 1, Kind: backends.KindSFTP, Stdin: strings.NewReader("")}); err != nil {
+		t.Fatal(err)
+	}
+	e := x.exec(sftpName)
+	if s, end := x.fate(e); s == nil || s.Args != nil || end == nil || end.Code != 0 {
+		t.Errorf("started %v, ended %v", s, end)
+	}
+	command := "(sleep 0.2; exec /bin/true left) >/dev/null 2>&1 &"
+	x.run(command)
+	x.run("until [ -z \"$(pgrep -f '^sleep 0.2')\" ]; do sleep 0.05; done; sleep 0.1")
+	top := x.exec(filepath.Base(shell(t)) + " -c " + command)
+	if left := x.exec("/bin/true left"); left.Exec.By != top.Sequence {
+		t.Errorf("by %d, want %d", left.Exec.By, top.Sequence)
+	}
+}
+
+// TestAuditScripts executes scripts in ways that hide what they hold, and files that are none.
+func TestAuditScripts(t *testing.T) {
+	x := startAudited(t, backends.ExecAudit{})
+	t.Chdir(t.TempDir())
+	dir, _ := os.Getwd()
+	data := "not\x00to be seen\n"
+	for name, text := range map[string]string{"plain": "echo plain $0\n", "here": "#!/bin/sh\necho here\n", "data": data} {
+		if err := os.WriteFile(name, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.Chmod("data", 0o644)
+	out, _ := x.run(`cd ` + dir + `
+		ln -s /proc/self/fd/5 link
+		mkdir empty; ln -s ../here empty/to
+		perl -e '
+			use POSIX ();
+			for my $way ("/proc/self/fd/5", "/dev/fd/5", "/proc/thread-self/fd/5", "./link", "at") {
+				if (!fork) {
+					my ($name, $empty) = ("x", "");
+					my $fd = syscall(319, $name, 0); # memfd_create
+					open(my $f, ">&=", $fd);
+					syswrite($f, "#!/bin/sh\necho hidden $way\n");
+					POSIX::dup2($fd, 5);
+					my $args = pack("pQ", $name);
+					if ($way eq "at") { syscall(322, 5, $empty, $args, 0, 0x1000) } else { exec { $way } $way }
+					exit 1;
+				}
+				wait;
+			}'
+		./plain; empty/to; ./data; /bin/true`)
+	for _, want := range []string{"plain ./plain", "here", "hidden /dev/fd/5", "hidden /proc/self/fd/5", "hidden ./link", "hidden at"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in %q", want, out)
+		}
+	}
+	var seen, unseen []string
+	for _, r := range x.all() {
+		if r.Script != nil {
+			seen = append(seen, strings.TrimPrefix(string(r.Script.Data), "#!/bin/sh\n"))
+		}
+		if r.Exec != nil && r.Exec.Error != "" {
+			unseen = append(unseen, string(r.Exec.Path)+": "+r.Exec.Error)
+		}
+	}
+	slices.Sort(seen)
+	if want := []string{"echo here\n", "echo hidden /dev/fd/5\n", "echo hidden /proc/self/fd/5\n", "echo hidden /proc/thread-self/fd/5\n",
+		"echo hidden at\n", "echo plain $0\n"}; !slices.Equal(seen, want) {
+		t.Errorf("scripts %q, want %q", seen, want)
+	}
+	if want := []string{"./link: the file is behind a link that only its process can follow"}; !slices.Equal(unseen, want) {
+		t.Errorf("unseen %q, want %q", unseen, want)
+	}
+}
+
+// TestAuditLast has the gate close a session in which programs run: all that ran is reported, however late.
+func TestAuditLast(t *testing.T) {
+	for _, strict := range []bool{false, true} {
+		x := startAudited(t, backends.ExecAudit{Strict: strict})
+		count := filepath.Join(t.TempDir(), "count")
+		x.run("setsid sh -c 'i=0; while :; do i=$((i+1)); echo $i >" + count + "; /bin/true last-$i; done' >/dev/null 2>&1 &")
+		ran := 0
+		for end := time.Now().Add(10 * time.Second); ran < 50 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			b, _ := os.ReadFile(count)
+			fmt.Sscan(string(b), &ran)
+		}
+		x.client.Close()
+		if err := x.client.Err(); err != nil {
+			t.Errorf("strict %v: %v", strict, err)
+		}
+		b, _ := os.ReadFile(count)
+		fmt.Sscan(string(b), &ran)
+		for i := 1; i < ran; i++ { // the one that was announced last need not have come about
+			e := x.exec(fmt.Sprintf("/bin/true last-%d", i))
+			if s, end := x.fate(e); s == nil || end == nil {
+				t.Fatalf("strict %v: %d of %d: started %v, ended %v", strict, i, ran, s, end)
+			}
+		}
+		for _, r := range x.all() {
+			if r.Exec == nil || r.Exec.Error != "" {
+				continue
+			}
+			// What ran to the end was killed.
+			if s, end := x.fate(r); s != nil && end == nil && bytes.HasPrefix(r.Exec.Args.List[0], []byte("sh")) {
+				t.Errorf("strict %v: no end of %q", strict, r.Exec.Args.List)
+			}
+		}
 	}
 }
 
@@ -565,5 +702,15 @@ func TestAuditUnavailable(t *testing.T) {
 		}
 		stop()
 		<-ended
+	}
+}
+
+// The first process is asked for as soon as the agent has said that it reports.
+func TestAuditFirstProcess(t *testing.T) {
+	for range 5 {
+		x := startAudited(t, backends.ExecAudit{})
+		x.run("/bin/true first; exit 0")
+		x.exec("/bin/true first")
+		x.client.Close()
 	}
 }

@@ -57,6 +57,7 @@ type Client struct {
 
 	channels atomic.Uint32 // the highest one that has had a process
 	audited  string        // see ExecAudit
+	reported *reported     // nil: nothing is
 
 	done chan struct{} // closed when the stream has ended
 
@@ -218,6 +219,7 @@ func (c *Client) Err() error {
 
 // Close ends the stream, and with it the agent and all its processes.
 func (c *Client) Close() error {
+	c.lastReports()
 	c.end(nil)
 	return nil
 }

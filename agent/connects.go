@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -35,8 +36,20 @@ func (r *reader) readAddress(name string, addr, length uint64) error {
 		return r.tellConnect(name, netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), port), "")
 	case n >= 24 && family == unix.AF_INET6:
 		return r.tellConnect(name, netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[8:24])), port), "")
+	case !quietFamily(family):
+		return r.tellConnect(name, netip.AddrPort{}, "an address of the family "+strconv.Itoa(int(family)))
 	}
 	return nil
+}
+
+// quietFamily is for those that don't leave the sandbox, and for addresses that are none. A machine's hypervisor
+// (AF_VSOCK), for one, is not among them.
+func quietFamily(family uint16) bool {
+	switch family {
+	case unix.AF_UNSPEC, unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK, unix.AF_ALG:
+		return true
+	}
+	return false
 }
 
 // unread reports that an address could not be read, unless the kernel will find nothing there either.
@@ -110,7 +123,7 @@ func (r *reader) tellConnect(name string, to netip.AddrPort, problem string) err
 	}
 	key := ""
 	if !r.reports.strict {
-		key = fmt.Sprintf("%d %s %s", who.pid, name, to)
+		key = fmt.Sprintf("%d %s %s %s", who.pid, name, to, problem)
 	}
 	r.report = backends.Report{Channel: r.channel, Connect: &c}
 	_, err := r.folds.add(r.recorder, key, &r.report)

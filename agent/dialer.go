@@ -180,7 +180,7 @@ func (c *Client) dialContext(ctx context.Context, network, address string) (net.
 // gateTunnel makes the gate's end of a forwarded connection.
 func gateTunnel(stream *yamux.Stream, local, remote net.Addr) *tunnel {
 	t := newTunnel(stream)
-	t.local, t.remote, t.watched = local, remote, true
+	t.local, t.remote, t.gate = local, remote, true
 	return t
 }
 
@@ -290,8 +290,8 @@ type arrived struct {
 
 // takeArrivals hears of connections until the listener ends. It holds no more of them than the agent does.
 func (l *remoteListener) takeArrivals() {
-	defer l.client.listeners.Add(-1)
 	defer close(l.ended)
+	defer l.client.listeners.Add(-1)
 	defer hangUp(l.stream)
 	for {
 		var a arrival

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -22,8 +24,9 @@ const (
 	resolveLimit = 10 * time.Second
 	bindLimit    = 10 * time.Second
 
-	// maxLookups bounds the names and paths looked up at once: each may hold a thread.
-	maxLookups = 8
+	// maxLookups bounds the names looked up at once, maxPaths the paths: each of those may hold a thread.
+	maxLookups = 16
+	maxPaths   = 4
 
 	// maxHost is the longest name that is looked up.
 	maxHost = 255
@@ -46,6 +49,37 @@ var (
 	errHost        = errors.New("not a host name")
 )
 
+const (
+	// stalledMemory is what a connection that stalls in both directions holds in the agent, with some room.
+	stalledMemory = 768 << 10
+
+	// minConnections are allowed in the smallest sandbox.
+	minConnections = 16
+)
+
+// memoryFiles say how much memory the sandbox may use: those of the second version of control groups, and of the first.
+var memoryFiles = []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}
+
+// memoryLimit gives the sandbox's memory in bytes, or as much as there can be.
+func memoryLimit(files []string) int64 {
+	for _, name := range files {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue
+		}
+		if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64); err == nil {
+			return n
+		}
+	}
+	return math.MaxInt64
+}
+
+// connectionsIn says how many connections may be forwarded in a sandbox of so much memory: were all stalled, they would
+// hold half of it. The kernel's memory for their sockets is the sandbox's, too.
+func connectionsIn(memory int64) int64 {
+	return min(max(memory/2/stalledMemory, minConnections), maxConnections)
+}
+
 // failureOf says why something could not be done.
 func failureOf(err error) *failure {
 	f := &failure{Text: err.Error()}
@@ -59,12 +93,13 @@ func failureOf(err error) *failure {
 	switch {
 	case errno == syscall.ECONNREFUSED:
 		f.Code = failedRefused
-	case errno == syscall.ENETUNREACH || errno == syscall.EHOSTUNREACH || errno == syscall.EADDRNOTAVAIL:
+	case errno == syscall.ENETUNREACH || errno == syscall.EHOSTUNREACH:
 		f.Code = failedUnreachable
 	case errno == syscall.EADDRINUSE:
 		f.Code = failedInUse
 	case errors.As(err, &unknown) && unknown.IsNotFound || errors.As(err, &none):
 		f.Code = failedNoHost
+	case errno == syscall.EAGAIN: // a unix socket's backlog is full, which Go would take for a time-out
 	case errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timed) && timed.Timeout():
 		f.Code = failedTimeout
 	}
@@ -93,11 +128,11 @@ func attend(stream *yamux.Stream, limit time.Duration) (context.Context, func() 
 	}
 }
 
-// lookUpSlot takes one of the turns of what may hold a thread.
-func (s *server) lookUpSlot(ctx context.Context) (func(), error) {
+// turnOf takes one of the places of what is bounded. The function gives it back.
+func turnOf(ctx context.Context, places chan struct{}) (func(), error) {
 	select {
-	case s.lookups <- struct{}{}:
-		return func() { <-s.lookups }, nil
+	case places <- struct{}{}:
+		return func() { <-places }, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
@@ -131,7 +166,7 @@ func (s *server) resolve(ctx context.Context, host string) ([]netip.Addr, error)
 	case name == "localhost": // RFC 6761, section 6.3: no name server is asked, and an image may lack the file
 		return loopback(), nil
 	}
-	done, err := s.lookUpSlot(ctx)
+	done, err := turnOf(ctx, s.lookups)
 	if err != nil {
 		return nil, err
 	}
@@ -194,7 +229,7 @@ func (s *server) dial(ctx context.Context, network, address string) (backends.Ha
 		}
 		return conn.(*net.TCPConn), nil
 	case "unix":
-		done, err := s.lookUpSlot(ctx)
+		done, err := turnOf(ctx, s.paths)
 		if err != nil {
 			return nil, err
 		}
@@ -251,14 +286,14 @@ func (t *tunnel) takeIn(conn backends.HalfCloser, probe time.Duration, ended fun
 			}
 		}
 		if err != nil {
-			if errors.Is(err, io.EOF) && !errors.Is(err, backends.ErrGone) {
+			if errors.Is(err, io.EOF) {
 				conn.CloseWrite()
 				ended()
 				t.stream.Read(make([]byte, 1)) // the end of the stream
 			}
 			return
 		}
-		b = turn(b, small, n, 0, &large)
+		b = refill(b, small, n, 0, &large)
 	}
 }
 
@@ -303,13 +338,13 @@ func (t *tunnel) sendOut(conn net.Conn) bool {
 			t.cut()
 			return false
 		}
-		b = turn(b, small, n, frameHeader, &large)
+		b = refill(b, small, n, frameHeader, &large)
 	}
 }
 
-// turn gives the buffer for the next read, after one of n bytes into b behind head bytes: a connection that passes little
+// refill gives the buffer for the next read, after one of n bytes into b behind head bytes: a connection that passes little
 // holds no large one.
-func turn(b, small []byte, n, head int, large **[]byte) []byte {
+func refill(b, small []byte, n, head int, large **[]byte) []byte {
 	switch {
 	case *large == nil && head+n == len(b):
 		*large = tunnelBuffers.Get().(*[]byte)
@@ -410,7 +445,7 @@ func (s *server) bind(l *listening, network, address string) (addr string, err e
 		}
 		return l.Addr().String(), nil
 	case "unix":
-		done, err := s.lookUpSlot(ctx)
+		done, err := turnOf(ctx, s.paths)
 		if err != nil {
 			return "", err
 		}

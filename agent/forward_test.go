@@ -75,7 +75,7 @@ func until(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func (s *server) idle() bool { return len(s.connections) == 0 && len(s.lookups) == 0 }
+func (s *server) idle() bool { return len(s.connections)+len(s.lookups)+len(s.paths) == 0 }
 
 // peer is a listener beside the agent, whose connections are given to a function.
 func peer(t *testing.T, serve func(*net.TCPConn)) string {
@@ -423,6 +423,30 @@ func TestOwnDirs(t *testing.T) {
 	}
 }
 
+func TestConnectionsIn(t *testing.T) {
+	dir := t.TempDir()
+	two, one := filepath.Join(dir, "memory.max"), filepath.Join(dir, "memory.limit_in_bytes")
+	for _, x := range []struct {
+		two, one string
+		want     int64
+	}{
+		{"134217728\n", "", 85}, {"max\n", "", maxConnections}, {"", "67108864\n", 42}, {"", "9223372036854771712\n", maxConnections},
+		{"", "", maxConnections}, {"1\n", "", minConnections}, {"max\n", "134217728\n", 85},
+	} {
+		for name, content := range map[string]string{two: x.two, one: x.one} {
+			os.Remove(name)
+			if content != "" {
+				if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if got := connectionsIn(memoryLimit([]string{two, one})); got != x.want {
+			t.Errorf("%q, %q: %d, want %d", x.two, x.one, got, x.want)
+		}
+	}
+}
+
 func TestFailures(t *testing.T) {
 	for text, test := range map[string]struct{ err, want error }{
 		"connection refused":   {&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, syscall.ECONNREFUSED},
@@ -430,6 +454,7 @@ func TestFailures(t *testing.T) {
 		"address already":      {syscall.EADDRINUSE, syscall.EADDRINUSE},
 		"no such host":         {&net.DNSError{Err: "x", Name: "secret\n", IsNotFound: true}, errNoHost},
 		"i/o timeout":          {&net.OpError{Op: "dial", Err: context.DeadlineExceeded}, os.ErrDeadlineExceeded},
+		"agent: resource temp": {os.NewSyscallError("connect", syscall.EAGAIN), nil},
 		"agent: permission d":  {fmt.Errorf("x: %w", syscall.EACCES), nil},
 		"agent: some?thing":    {errors.New("some\x1bthing"), nil},
 		"agent: not an IP add": {errAddress, nil},
@@ -530,6 +555,45 @@ func TestHostileForwards(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestHostileLinger has an agent send on, and leave the stream open, when the gate has closed its side.
+func TestHostileLinger(t *testing.T) {
+	c, a := newFakeAgent(t, normalPace)
+	for range 3 {
+		opened := make(chan *yamux.Stream, 1)
+		go func() {
+			s, err := a.session.AcceptStream()
+			if err != nil {
+				return
+			}
+			var o opening
+			readMessage(s, maxRequest, &o)
+			writeMessage(s, response{})
+			opened <- s
+		}()
+		conn, err := c.DialContext(short(t), "tcp", "192.0.2.1:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		reading := make(chan error, 1)
+		go func() {
+			_, err := conn.Read(make([]byte, 1))
+			reading <- err
+		}()
+		time.Sleep(10 * time.Millisecond)
+		conn.Close()
+		if err := <-reading; !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Read under Close: %v", err)
+		}
+		s := <-opened
+		s.SetWriteDeadline(time.Now().Add(20 * time.Second))
+		if n, err := s.Write(make([]byte, 8*window)); err != nil {
+			t.Errorf("the gate holds what nobody reads: %d, %v", n, err)
+		}
+		s.Close()
+	}
+	until(t, "no stream is left", func() bool { return c.session.NumStreams() == 1 })
 }
 
 // FuzzForwards feeds a client whatever an agent could answer.

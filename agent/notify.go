@@ -83,8 +83,17 @@ func (l *listener) wait(milliseconds int) (over bool, err error) {
 
 // valid says whether the caller still waits: what was read of its process before was its own.
 func (l *listener) valid(id uint64) bool {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), notifIDValid, uintptr(unsafe.Pointer(&id)))
-	return errno == 0
+	return l.ioctl(notifIDValid, unsafe.Pointer(&id)) != unix.ENOENT
+}
+
+// ioctl is made again when a signal came: the kernel does not wait for its lock then, and this runtime sends itself many.
+func (l *listener) ioctl(request uintptr, arg unsafe.Pointer) unix.Errno {
+	for {
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), request, uintptr(arg))
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
 }
 
 // proceed lets the call be made.
@@ -98,7 +107,7 @@ func (l *listener) deny(id uint64, errno syscall.Errno) error {
 }
 
 func (l *listener) send(a *answer) error {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), unix.SECCOMP_IOCTL_NOTIF_SEND, uintptr(unsafe.Pointer(a)))
+	errno := l.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(a))
 	if errno == 0 || errno == unix.ENOENT { // ENOENT: the caller was killed
 		return nil
 	}

@@ -33,10 +33,13 @@ const (
 	scanEvery = 5 * time.Second
 
 	// gatherEnds is how long ends of processes are gathered.
-	gatherEnds = 50 * time.Millisecond
+	gatherEnds = 10 * time.Millisecond
 
 	// settleLimit bounds the wait for the reports of a process that has ended.
 	settleLimit = 2 * time.Second
+
+	// finishLimit bounds the wait for the last reports of a session.
+	finishLimit = 2 * time.Second
 )
 
 // recorder reports what the processes of the session execute and connect to. The kernel holds each such call until the
@@ -54,11 +57,13 @@ type recorder struct {
 	relay     proc        // from outside, and known
 	epoll     int         // pidfds of tracked processes
 	noVM      atomic.Bool // see memory
+	noOpenat2 atomic.Bool // it is forbidden, or not there
 	oneRoot   bool        // all processes have this one's root directory
 
 	mu    sync.Mutex // guards what follows; never held while something is waited for
 	procs map[int]*tracked
 
+	ends    sync.Mutex // held while ends are reported, so that who takes it afterwards knows of those before
 	scripts scriptCache
 	folds   folder
 }
@@ -86,6 +91,7 @@ type watch struct {
 	mu      sync.Mutex // guards what follows
 	asked   *program   // what stage 2 was told to become; nil once it has
 	told    uint64     // sequence of the Exec that told it
+	script  bool       // that is a script's
 	stage2  *os.File   // the pair to it, closed on its side by its exec
 	readers int
 }
@@ -97,11 +103,30 @@ func (r *recorder) watch(l *listener, channel uint32, pid int, p *program, stage
 	return w
 }
 
-// begun is called when stage 2 has become its program, or has failed.
-func (w *watch) begun() {
+// begun is called when stage 2 has become its program, or has failed. Its start is known by that, whether the program makes
+// the call that tells it, or not. A script is left to its interpreter's.
+func (w *watch) begun(became bool) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
+	told, script := w.told, w.script
 	w.asked, w.stage2 = nil, nil
+	w.mu.Unlock()
+	if !became || told == 0 || script {
+		return
+	}
+	var path procPath
+	var link [backends.MaxReportPath]byte
+	s := backends.Started{Exec: told, PID: w.first, File: bytes.Clone(path.set(w.first, "exe").readlink(link[:]))}
+	w.recorder.mu.Lock()
+	t := w.procs[w.first]
+	if t == nil || t.exec != told || !t.pending {
+		w.recorder.mu.Unlock()
+		return
+	}
+	t.pending, t.program, t.running = false, s.File, t.asked
+	w.recorder.mu.Unlock()
+	if _, err := w.reports.add(&backends.Report{Channel: w.channel, Started: &s}, false); err != nil {
+		w.fail(err)
+	}
 }
 
 // becoming gives what stage 2 is about to become, if it is still stage 2 that calls: its memory can't be read.
@@ -317,6 +342,16 @@ func (r *reader) exec(m *machine, c call) error {
 			r.args.end()
 		}
 		e.Path, e.Dir, e.Entry = cut([]byte(p.Path)), cut([]byte(p.Dir)), ""
+		if r.oneRoot && strings.HasPrefix(p.Path, "/") && p.Path != self { // else only its process knows where that is
+			if fd, errno := r.openAbsolute(e.Path); errno == 0 {
+				var err error
+				e.Script, err = r.scripts.look(r.recorder, fd, e.Path, r.channel)
+				unix.Close(fd)
+				if err != nil {
+					return err
+				}
+			}
+		}
 	} else {
 		var err error
 		if missing, err = r.readExec(m, c, &e); err != nil {
@@ -330,7 +365,7 @@ func (r *reader) exec(m *machine, c call) error {
 	asked := r.args.mark()
 	key := ""
 	if missing && !r.reports.strict {
-		key = strconv.Itoa(e.PID) + "\x00" + string(e.Path) + "\x00" + string(asked.flat) + asked.hash
+		key = strconv.Itoa(e.PID) + "\x00" + string(e.Path) + "\x00" + string(asked)
 	}
 	r.report = backends.Report{Channel: r.channel, Exec: &e}
 	seq, err := r.folds.add(r.recorder, key, &r.report)
@@ -340,7 +375,7 @@ func (r *reader) exec(m *machine, c call) error {
 	r.track(who, r.channel, seq, e.By, asked)
 	if who.pid == r.first {
 		r.watch.mu.Lock()
-		r.told = seq
+		r.told, r.script = seq, len(e.Script) > 0
 		r.watch.mu.Unlock()
 	}
 	return nil
@@ -371,38 +406,95 @@ func (r *reader) readExec(m *machine, c call, e *backends.Exec) (missing bool, e
 	if e.Error != "" {
 		return false, nil
 	}
-	// The file as the caller would find it.
+	fd, errno := -1, unix.ENOENT
 	switch {
 	case c.at && c.dir != unix.AT_FDCWD && !bytes.HasPrefix(e.Path, []byte("/")):
-		at := "fd/" + strconv.Itoa(int(c.dir))
-		base := bytes.Clone(r.path.set(tid, at).readlink(r.link[:]))
-		if len(e.Path) > 0 {
-			at += "/" + string(e.Path)
-			base = append(append(base, '/'), e.Path...)
+		at, name := "fd/"+strconv.Itoa(int(c.dir)), e.Path
+		e.Path = bytes.Clone(r.path.set(tid, at).readlink(r.link[:]))
+		if len(name) == 0 {
+			fd, errno = r.path.open(openFlags)
+			break
 		}
-		e.Path = cut(base)
-		r.path.set(tid, at)
+		fd, errno = r.openBelow(at, name)
+		e.Path = cut(append(append(e.Path, '/'), name...))
 	case bytes.HasPrefix(e.Path, []byte("/")):
-		// The way by /proc makes the kernel prepare an entry that is used once.
-		r.path.b = r.path.b[:0]
-		if !r.oneRoot {
-			r.path.set(tid, "root")
-			r.path.b = r.path.b[:len(r.path.b)-1]
-		}
-		r.path.b = append(append(r.path.b, e.Path...), 0)
-	case len(e.Path) == 0:
-		return true, nil
-	default:
-		r.path.set(tid, "cwd/")
-		r.path.b = append(append(r.path.b[:len(r.path.b)-1], e.Path...), 0)
+		fd, errno = r.openAbsolute(e.Path)
+	case len(e.Path) > 0:
+		fd, errno = r.openBelow("cwd", e.Path)
 	}
-	fd, errno := r.path.open(unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOCTTY)
-	if errno != 0 {
-		return errno == unix.ENOENT || errno == unix.ENOTDIR, nil
+	switch errno {
+	case 0:
+	case unix.ENOENT, unix.ENOTDIR:
+		return true, nil
+	case unix.ELOOP:
+		e.Error = "the file is behind a link that only its process can follow"
+		return false, nil
+	default:
+		return false, nil
 	}
 	e.Script, err = r.scripts.look(r.recorder, fd, e.Path, r.channel)
 	unix.Close(fd)
 	return false, err
+}
+
+const openFlags = unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOCTTY
+
+// ownLinks are the names of what is another thing for each process, and what /proc/PID/ has for them.
+var ownLinks = [...]struct{ name, in string }{
+	{"/proc/self/", ""}, {"/proc/thread-self/", ""}, {"/dev/fd/", "fd/"},
+	{"/dev/stdin", "fd/0"}, {"/dev/stdout", "fd/1"}, {"/dev/stderr", "fd/2"},
+}
+
+// openAbsolute opens a file as the caller would find it. Links in /proc, which lead each process to files of its own, are
+// followed only where their names stand in the path: ELOOP.
+func (r *reader) openAbsolute(path []byte) (int, unix.Errno) {
+	tid := int(r.n.tid)
+	for _, l := range ownLinks {
+		if rest, ok := bytes.CutPrefix(path, []byte(l.name)); ok {
+			return r.path.set(tid, l.in+string(rest)).open(openFlags)
+		}
+	}
+	if r.oneRoot { // The way by /proc makes the kernel prepare an entry that is used once.
+		return r.openat2(unix.AT_FDCWD, path, 0)
+	}
+	return r.openBelow("root", path)
+}
+
+// openBelow is for a path that begins at a directory of the caller's, which has that name in /proc/PID/.
+func (r *reader) openBelow(at string, path []byte) (int, unix.Errno) {
+	dir, errno := r.path.set(int(r.n.tid), at).open(unix.O_PATH | unix.O_DIRECTORY)
+	if errno != 0 {
+		return -1, errno
+	}
+	defer unix.Close(dir)
+	resolve := uint64(0)
+	if at == "root" {
+		resolve = unix.RESOLVE_IN_ROOT
+	}
+	return r.openat2(dir, path, resolve)
+}
+
+func (r *reader) openat2(dir int, path []byte, resolve uint64) (int, unix.Errno) {
+	for !r.noOpenat2.Load() {
+		how := unix.OpenHow{Flags: openFlags | unix.O_CLOEXEC, Resolve: resolve | unix.RESOLVE_NO_MAGICLINKS}
+		fd, err := unix.Openat2(dir, string(path), &how)
+		switch errno, _ := err.(unix.Errno); errno {
+		case unix.ENOSYS, unix.EPERM: // before Linux 5.6, or an older engine's profile
+			r.noOpenat2.Store(true)
+		case unix.EINTR:
+		case unix.EXDEV:
+			return -1, unix.ELOOP
+		default:
+			return fd, errno
+		}
+	}
+	name := string(path)
+	if dir != unix.AT_FDCWD {
+		name = strings.TrimLeft(name, "/")
+	}
+	fd, err := unix.Openat(dir, name, openFlags|unix.O_CLOEXEC, 0)
+	errno, _ := err.(unix.Errno)
+	return fd, errno
 }
 
 // identity is who made a call.
@@ -489,7 +581,10 @@ func (r *reader) by(who identity) uint64 {
 			pid = readStatus(pid, &r.path).parent
 		}
 	}
-	return 0
+	// Its parents are gone: but all below this listener come from one.
+	r.watch.mu.Lock()
+	defer r.watch.mu.Unlock()
+	return r.told
 }
 
 // track remembers a process's last execution.
@@ -544,22 +639,22 @@ func (r *reader) started() error {
 		return nil
 	}
 	r.recorder.mu.Lock()
-	exec, pending, asked := t.exec, t.pending, t.asked
-	again := !pending && bytes.Equal(t.program, file) && r.args.is(t.running)
-	r.recorder.mu.Unlock()
-	if again {
-		return nil
+	if !t.pending && bytes.Equal(t.program, file) && r.args.is(t.running) {
+		r.recorder.mu.Unlock()
+		return nil // that is known
 	}
 	s := backends.Started{PID: pid, File: bytes.Clone(file)}
-	if pending {
-		s.Exec = exec
+	if t.pending {
+		s.Exec = t.exec
 	}
-	running := asked
-	if !pending || !r.args.is(asked) {
+	running := t.asked
+	if !t.pending || !r.args.is(t.asked) {
 		args := r.args.done()
 		s.Args = &args
 		running = r.args.mark()
 	}
+	t.pending, t.program, t.running = false, s.File, running
+	r.recorder.mu.Unlock()
 	if bytes.HasSuffix(file, []byte(" (deleted)")) {
 		if fd, errno := r.path.set(pid, "exe").open(unix.O_RDONLY); errno == 0 {
 			f := os.NewFile(uintptr(fd), "exe")
@@ -569,9 +664,6 @@ func (r *reader) started() error {
 			f.Close()
 		}
 	}
-	r.recorder.mu.Lock()
-	t.pending, t.program, t.running = false, s.File, running
-	r.recorder.mu.Unlock()
 	r.report = backends.Report{Channel: r.channel, Started: &s}
 	_, err := r.reports.add(&r.report, s.Args != nil)
 	return err
@@ -643,6 +735,7 @@ func (r *recorder) takeEnds(milliseconds int) bool {
 		if err != nil {
 			return false
 		}
+		r.ends.Lock()
 		for _, ev := range events[:n] {
 			r.mu.Lock()
 			t := r.procs[int(ev.Pad)]
@@ -655,6 +748,7 @@ func (r *recorder) takeEnds(milliseconds int) bool {
 				r.end(t)
 			}
 		}
+		r.ends.Unlock()
 		if n < len(events) {
 			return true
 		}
@@ -691,6 +785,34 @@ func signalText(s syscall.Signal) string {
 		return name
 	}
 	return "RT" + strconv.Itoa(int(s))
+}
+
+// finish ends all processes and the reports: the gate ends the session.
+func (r *recorder) finish() {
+	send := killDescendants
+	if os.Getpid() == 1 {
+		send = func(sig syscall.Signal) { syscall.Kill(-1, sig) }
+	}
+	for end := time.Now().Add(finishLimit / 2); time.Now().Before(end) && r.watching(); {
+		send(syscall.SIGKILL)
+		r.takeEnds(5)
+	}
+	r.takeEnds(0) // after those that watchEnds has in its hands
+	r.folds.flush(r)
+	r.reports.settle(finishLimit / 2)
+	r.reports.stream.Close()
+}
+
+// watching says whether a process is there whose end will be seen.
+func (r *recorder) watching() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, t := range r.procs {
+		if t.pidfd >= 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // settle waits until the gate has what was reported so far, the ends of processes among it.
@@ -806,7 +928,8 @@ func (c *scriptCache) look(r *recorder, fd int, path []byte, channel uint32) ([]
 		return nil, nil
 	}
 	var st unix.Stat_t
-	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+	// What nobody may execute is data, which is not the log's business.
+	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Mode&0o111 == 0 {
 		return nil, nil
 	}
 	key := scriptFile{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}

@@ -292,25 +292,24 @@ func (c *argCollector) done() backends.Args {
 	return a
 }
 
-// mark is what tells gathered arguments from others.
-type mark struct {
-	flat []byte
-	hash string
-}
+// mark is what tells gathered arguments from others: short ones are the mark themselves, of others it is a hash. A process
+// that lives has two.
+type mark string
+
+const maxPlainMark = 512
 
 func (c *argCollector) mark() mark {
-	m := mark{flat: bytes.Clone(c.flat)}
-	if c.hash != nil {
-		m.hash = string(c.hash.Sum(nil))
+	switch {
+	case c.hash != nil:
+		return mark(c.hash.Sum([]byte("all ")))
+	case len(c.flat) > maxPlainMark:
+		sum := sha256.Sum256(c.flat)
+		return mark("flat" + string(sum[:]))
 	}
-	return m
+	return mark("\x00" + string(c.flat)) // the others begin with a letter
 }
 
 // is says whether the gathered ones are those that m was made of. One empty argument is what the kernel makes of none.
 func (c *argCollector) is(m mark) bool {
-	hash := ""
-	if c.hash != nil {
-		hash = string(c.hash.Sum(nil))
-	}
-	return hash == m.hash && (bytes.Equal(c.flat, m.flat) || len(m.flat) == 0 && bytes.Equal(c.flat, zeroByte))
+	return c.mark() == m || m == mark("\x00") && bytes.Equal(c.flat, zeroByte)
 }

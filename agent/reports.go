@@ -51,6 +51,7 @@ type reports struct {
 	progress chan struct{} // closed when acked moves or err is set; nil while nobody waits
 	tokens   float64
 	filled   time.Time // when tokens was right
+	finish   func()    // what Finish asks for; nil: nothing, or it was done
 
 	wake chan struct{} // tells send that there is something; holds one
 	done chan struct{} // closed when err is set
@@ -252,9 +253,11 @@ func (r *reports) send() {
 	}
 }
 
-// ack is the gate's answer: all reports up to a number are recorded.
+// ack is the gate's answer: all reports up to a number are recorded. With Finish it is no answer, but asks to end all
+// processes, and to end the stream after what they did last.
 type ack struct {
 	Sequence uint64 `cbor:"1,keyasint"`
+	Finish   bool   `cbor:"2,keyasint,omitempty"`
 }
 
 func (r *reports) takeAcks() {
@@ -265,6 +268,14 @@ func (r *reports) takeAcks() {
 			return
 		}
 		r.mu.Lock()
+		if a.Finish {
+			if finish := r.finish; finish != nil {
+				r.finish = nil
+				go finish()
+			}
+			r.mu.Unlock()
+			continue
+		}
 		if a.Sequence < r.acked || a.Sequence >= r.next {
 			r.mu.Unlock()
 			r.fail(errors.New("the gate acknowledged what was not sent"))

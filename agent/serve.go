@@ -23,6 +23,9 @@ const (
 	// endGrace is the time between SIGHUP and the end when the gate is gone.
 	endGrace = 100 * time.Millisecond
 
+	// tidyLimit bounds the removal of what the agent has made in the file system, at the end.
+	tidyLimit = time.Second
+
 	// expiryGrace is how long after the session's deadline the agent waits for the gate to end it.
 	expiryGrace = 30 * time.Second
 )
@@ -84,6 +87,7 @@ func Serve(config Config) error {
 	defer session.Close()
 	r := newReaper(stop)
 	server := newServer(session, pipes, r, config.Home)
+	server.connections = make(chan struct{}, connectionsIn(memoryLimit(memoryFiles)))
 	if config.Conn == nil {
 		server.own = ownDirs(config.Socket)
 	}
@@ -101,6 +105,7 @@ func Serve(config Config) error {
 		err = errRelayGone
 	}
 	endAll(r, endGrace)
+	server.settle()
 	return err
 }
 
@@ -152,8 +157,11 @@ type server struct {
 
 	own         []string      // directories of the agent's own, which no forwarding leads to
 	connections chan struct{} // holds one of each that is forwarded
-	lookups     chan struct{} // holds one of each name or path that is being looked up
+	lookups     chan struct{} // holds one of each name that is being looked up
+	paths       chan struct{} // holds one of each path that is being looked up
 	limits      forwardLimits
+
+	serving sync.WaitGroup // what serves a stream
 
 	mu sync.Mutex // guards what follows
 	// waiting holds data streams whose process has not been asked for yet, and channels of processes whose data stream
@@ -165,7 +173,8 @@ type server struct {
 func newServer(session *yamux.Session, pipes *net.UnixConn, r *reaper, home string) *server {
 	s := &server{
 		session: session, reaper: r, pace: normalPace, env: os.Environ(),
-		connections: make(chan struct{}, maxConnections), lookups: make(chan struct{}, maxLookups), limits: normalLimits,
+		connections: make(chan struct{}, maxConnections), lookups: make(chan struct{}, maxLookups),
+		paths: make(chan struct{}, maxPaths), limits: normalLimits,
 		waiting: make(map[uint64]chan *yamux.Stream), listeners: make(map[uint64]*listening),
 	}
 	if pipes != nil {
@@ -256,7 +265,20 @@ func (s *server) accept() error {
 			stream.Close()
 			continue
 		}
-		go s.serveStream(stream, slots)
+		s.serving.Go(func() { s.serveStream(stream, slots) })
+	}
+}
+
+// settle waits for what serves streams to have tidied up, now that the gate and all processes are gone.
+func (s *server) settle() {
+	done := make(chan struct{})
+	go func() {
+		s.serving.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(tidyLimit):
 	}
 }
 

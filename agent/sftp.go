@@ -1,11 +1,9 @@
 package agent
 
 import (
-	"errors"
-	"io"
 	"os"
 
-	"github.com/pkg/sftp"
+	"github.com/sallyport/sallyport/agent/sftp"
 )
 
 // serveSFTP serves the file system, as this process's uid sees it, on stdin and stdout. Relative paths begin at the
@@ -15,15 +13,9 @@ func serveSFTP() error {
 	if err != nil {
 		dir = "/"
 	}
-	s, err := sftp.NewServer(struct {
-		io.Reader
-		io.WriteCloser
-	}{os.Stdin, os.Stdout}, sftp.WithServerWorkingDirectory(dir))
-	if err != nil {
-		return err
+	home := os.Getenv("HOME")
+	if home == "" {
+		home = dir
 	}
-	if err := s.Serve(); err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
-	return nil
+	return sftp.Serve(os.Stdin, os.Stdout, sftp.Config{Dir: dir, Home: home})
 }

@@ -105,11 +105,12 @@ func spawn(r *reaper, p program, files [3]*os.File, tty bool, rec *recorder, cha
 	}
 	err = writeMessage(ours, p)
 	var said io.Reader = ours
+	became := false
 	if err == nil && rec != nil {
 		var l *listener
 		if l, said, err = takeListener(ours); l != nil {
 			w := rec.watch(l, channel, pid, &p, ours)
-			defer w.begun()
+			defer func() { w.begun(became) }()
 		}
 	}
 	if err == nil {
@@ -119,6 +120,7 @@ func spawn(r *reaper, p program, files [3]*os.File, tty bool, rec *recorder, cha
 		} else if err != nil {
 			// The end of the stream: stage 2's descriptor was closed by its exec.
 			raiseOOMScore(pid)
+			became = true
 			return c, nil
 		}
 	} else {
@@ -172,6 +174,7 @@ func become(f *os.File) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("set no_new_privs: %w", err)
 	}
+	unix.Prctl(unix.PR_SET_TIMERSLACK, ordinarySlack, 0, 0, 0) // the agent's own is none for programs
 	if p.Audit {
 		l, err := installFilter(p.Exits)
 		if err != nil {

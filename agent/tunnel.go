@@ -28,7 +28,7 @@ var tunnelBuffers = sync.Pool{New: func() any {
 type tunnel struct {
 	stream        *yamux.Stream
 	local, remote net.Addr
-	watched       bool // see watch
+	gate          bool // this is the gate's end
 
 	reading sync.Mutex // one Read at a time; guards what follows
 	head    [frameHeader]byte
@@ -50,6 +50,9 @@ func newTunnel(s *yamux.Stream) *tunnel { return &tunnel{stream: s} }
 
 // Read gives io.EOF when the other side has ended its direction, and another error when the connection was cut off.
 func (t *tunnel) Read(p []byte) (int, error) {
+	if t.closed.Load() {
+		return 0, net.ErrClosed
+	}
 	t.reading.Lock()
 	defer t.reading.Unlock()
 	switch {
@@ -72,7 +75,7 @@ func (t *tunnel) Read(p []byte) (int, error) {
 			t.left = n
 		case t.head[0] == frameBytes && n == 0:
 			t.end(io.EOF)
-			if t.watched {
+			if t.gate {
 				go t.watch()
 			}
 			return 0, t.ended
@@ -199,7 +202,26 @@ func (t *tunnel) Close() error {
 		return nil
 	}
 	t.stream.SetDeadline(time.Unix(1, 0))
-	return t.stream.Close()
+	err := t.stream.Close()
+	if t.gate {
+		go t.drain()
+	}
+	return err
+}
+
+// drain takes what still comes on a closed stream, so that the gate doesn't hold it for as long as the agent leaves the
+// stream open.
+func (t *tunnel) drain() {
+	t.reading.Lock() // Read has given up, or is about to
+	defer t.reading.Unlock()
+	t.stream.SetReadDeadline(time.Time{}) // yamux ends the stream before long
+	b := make([]byte, chunk)
+	for {
+		if _, err := t.stream.Read(b); err != nil {
+			break
+		}
+	}
+	t.stream.Shrink()
 }
 
 func (t *tunnel) LocalAddr() net.Addr  { return t.local }

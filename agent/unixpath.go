@@ -23,6 +23,8 @@ const maxSocketPath = 107
 var (
 	errPath = errors.New("not the absolute path of a socket")
 	errOwn  = errors.New("a path of the agent's own")
+
+	errLongName = errors.New("too long a name for a socket") // some 85 bytes are left of maxSocketPath
 )
 
 // ownDirs gives the directories of an agent's own: its file's, and its socket's if it is reached through one. A relay's socket
@@ -127,8 +129,12 @@ func listenUnix(name string, own []string) (net.Listener, func(), error) {
 
 // listenIn listens in a directory that was looked up.
 func listenIn(network string, dir place, base string) (net.Listener, func(), error) {
-	if base == "." || base == ".." || base == "/" {
+	name := dir.name() + "/" + base
+	switch {
+	case base == "." || base == ".." || base == "/":
 		return nil, nil, errPath
+	case len(name) > maxSocketPath:
+		return nil, nil, errLongName
 	}
 	c := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		// Linux makes the socket's file with the mode of the descriptor.
@@ -138,7 +144,7 @@ func listenIn(network string, dir place, base string) (net.Listener, func(), err
 		}
 		return err
 	}}
-	l, err := c.Listen(context.Background(), network, dir.name()+"/"+base)
+	l, err := c.Listen(context.Background(), network, name)
 	if err != nil {
 		return nil, nil, err
 	}

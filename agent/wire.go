@@ -31,8 +31,8 @@ const (
 	// insideWindow is the agent's own, and so what a stalled stream may hold in the sandbox's memory.
 	insideWindow = 256 << 10
 
-	// maxConnections bounds the connections that one agent forwards, those included that wait to be taken. The gate's
-	// bound on channels is lower.
+	// maxConnections bounds the connections that one agent forwards, those included that wait to be taken; see
+	// connectionsIn. The gate's bound on channels is lower.
 	maxConnections = 256
 
 	// maxStreams bounds the streams at a time: two a process and one a connection, each a few of which are closing.

@@ -70,8 +70,9 @@ type Recorder struct {
 
 	// Owned by Begin, then by the flusher's goroutine, of which there is one at a time.
 	w         *segmentWriter
-	unsynced  int64
-	unsyncedT time.Time // of the first unsynced record
+	unsynced  int64     // bytes of records written since the last sync began
+	unsyncedT time.Time // of the first of them
+	syncing   *syncing  // nil: none is under way
 	plain     int       // bulk frames in a row that did not compress, or were not tried
 	dirty     time.Time // of the open segment's first record
 }
@@ -121,9 +122,11 @@ func (r *Recorder) begin() error {
 		return err
 	}
 	r.tail = batch{}
-	if err := r.sync(); err != nil {
-		return err
+	if err := r.w.sync(r.w.size); err != nil {
+		l.spoolFailed(err)
+		return fmt.Errorf("sync segment: %w", err)
 	}
+	r.unsynced, r.unsyncedT = 0, time.Time{}
 	if err := syncDir(l.cfg.Spool); err != nil {
 		l.spoolFailed(err)
 		return err
@@ -482,7 +485,16 @@ func (r *Recorder) flush() {
 			err = r.sync()
 		}
 		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= l.cfg.SegmentAge) {
-			err = r.cutSegment()
+			if err = r.awaitSync(); err == nil {
+				err = r.cutSegment()
+			}
+		}
+		if err == nil && r.syncing != nil {
+			select {
+			case err = <-r.syncing.done:
+				err = r.endSync(err)
+			default:
+			}
 		}
 		if err != nil {
 			r.fail(err)
@@ -501,10 +513,14 @@ func (r *Recorder) flush() {
 			r.urgent, r.cut = false, false
 			if r.closing {
 				r.mu.Unlock()
+				if err := r.awaitSync(); err != nil {
+					r.fail(err)
+					return
+				}
 				r.finish()
 				return
 			}
-			if r.w.records == 0 {
+			if r.w.records == 0 { // nor is there a sync, which cutSegment's caller has awaited
 				r.running = false
 				r.mu.Unlock()
 				return
@@ -521,9 +537,18 @@ func (r *Recorder) flush() {
 		}
 		r.mu.Unlock()
 		timer.Reset(max(wait, 0))
+		var synced <-chan error
+		if r.syncing != nil {
+			synced = r.syncing.done
+		}
 		select {
 		case <-r.wake:
 		case <-timer.C:
+		case err := <-synced:
+			if err := r.endSync(err); err != nil {
+				r.fail(err)
+				return
+			}
 		}
 	}
 }
@@ -563,28 +588,55 @@ func (r *Recorder) write(b batch, bulk bool) error {
 	return nil
 }
 
-// sync makes durable what was written.
+// syncing is a sync under way: the disk works while the flusher compresses and hashes what comes next.
+type syncing struct {
+	done  chan error // the only value
+	bytes int64      // of the records that it makes durable
+	next  uint64     // and the sequence after them
+}
+
+// sync begins to make durable what was written, when the sync before has ended.
 func (r *Recorder) sync() error {
-	if err := r.w.sync(); err != nil {
+	if err := r.awaitSync(); err != nil {
+		return err
+	}
+	s := &syncing{done: make(chan error, 1), bytes: r.unsynced, next: r.w.next}
+	r.syncing, r.unsynced, r.unsyncedT = s, 0, time.Time{}
+	w, size := r.w, r.w.size
+	go func() { s.done <- w.sync(size) }()
+	return nil
+}
+
+// awaitSync waits for the sync that is under way, if one is. All ends of the flusher do so: none outlives it.
+func (r *Recorder) awaitSync() error {
+	if r.syncing == nil {
+		return nil
+	}
+	return r.endSync(<-r.syncing.done)
+}
+
+// endSync takes a sync's result.
+func (r *Recorder) endSync(err error) error {
+	s := r.syncing
+	r.syncing = nil
+	if err != nil {
 		err = fmt.Errorf("sync segment: %w", err)
 		r.log.spoolFailed(err)
 		return err
 	}
-	if r.begun { // Begin holds the lock and accounts by itself
-		r.synced()
-	} else {
-		r.unsynced, r.unsyncedT = 0, time.Time{}
-	}
+	r.synced(s.bytes, s.next)
 	return nil
 }
 
-func (r *Recorder) synced() {
+// synced accounts for records that became durable: their bytes, and the sequence after them.
+func (r *Recorder) synced(bytes int64, next uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.pending -= r.unsynced
-	r.unsynced, r.unsyncedT = 0, time.Time{}
-	r.durable = r.w.next
+	r.pending -= bytes
+	r.durable = next
 	switch {
+	case r.unsynced > 0:
+		r.oldest = r.unsyncedT
 	case len(r.full) > 0:
 		r.oldest = r.full[0].since
 	case r.tail.count > 0:
@@ -594,6 +646,13 @@ func (r *Recorder) synced() {
 		close(r.progress)
 		r.progress = nil
 	}
+}
+
+// allSynced is synced for all that was written.
+func (r *Recorder) allSynced() {
+	bytes := r.unsynced
+	r.unsynced, r.unsyncedT = 0, time.Time{}
+	r.synced(bytes, r.w.next)
 }
 
 // cutSegment seals the open segment and begins the next. The next one's file is there before this one may go to the
@@ -612,7 +671,7 @@ func (r *Recorder) cutSegment() error {
 	}
 	next, err := createSegment(l.cfg.Spool, old.following(whole, now))
 	if err == nil {
-		err = next.sync()
+		err = next.sync(next.size)
 	}
 	if err != nil {
 		l.spoolFailed(err)
@@ -624,7 +683,7 @@ func (r *Recorder) cutSegment() error {
 	if err := l.seal(old); err != nil {
 		return err
 	}
-	r.synced()
+	r.allSynced()
 	return nil
 }
 
@@ -642,7 +701,7 @@ func (r *Recorder) finish() {
 		r.fail(err)
 		return
 	}
-	r.synced()
+	r.allSynced()
 	r.mu.Lock()
 	r.running = false
 	r.closeErr = r.err // of a log that was lost for the limit and sealed all the same
@@ -652,6 +711,10 @@ func (r *Recorder) finish() {
 
 // fail ends the flusher after the spool failed. What is on disk is sealed by the next start.
 func (r *Recorder) fail(err error) {
+	if r.syncing != nil {
+		<-r.syncing.done
+		r.syncing = nil
+	}
 	r.w.f.Close() // the error that counts is here already
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -31,7 +31,7 @@ type segmentWriter struct {
 	header  Header
 	hash    hash.Hash // over all that was written
 	size    int64
-	dropped int64 // below, pages were dropped from the cache
+	dropped int64 // below, pages were dropped from the cache; of the sync that is under way
 	records uint64
 	next    uint64 // sequence of the next record
 	buf     [frameHeaderBytes]byte
@@ -65,16 +65,16 @@ func (w *segmentWriter) write(b []byte) error {
 	return nil
 }
 
-// sync makes durable what was written. Pages of bulk are dropped then: nothing reads them soon, and where a virtual
+// sync makes durable the first size bytes, at least. More may be written meanwhile. Pages of bulk are dropped then: nothing reads them soon, and where a virtual
 // machine gives free memory back to its host, as many now do, a page used anew costs more than all else that is done with
 // its bytes (measured: 2.8 CPU s a GiB written, against 0.4).
-func (w *segmentWriter) sync() error {
+func (w *segmentWriter) sync(size int64) error {
 	if err := w.f.Sync(); err != nil {
 		return err
 	}
-	if w.size-w.dropped >= dropBytes {
-		dropPages(w.f, w.dropped, w.size-w.dropped)
-		w.dropped = w.size
+	if size-w.dropped >= dropBytes {
+		dropPages(w.f, w.dropped, size-w.dropped)
+		w.dropped = size
 	}
 	return nil
 }
@@ -110,7 +110,7 @@ func (w *segmentWriter) finish(key ed25519.PrivateKey, now time.Time, last, inte
 	if err := w.write(append(h.append(nil, payload), payload...)); err != nil {
 		return Hash{}, fmt.Errorf("write footer: %w", err)
 	}
-	if err := w.sync(); err != nil {
+	if err := w.sync(w.size); err != nil {
 		return Hash{}, fmt.Errorf("write footer: %w", err)
 	}
 	var whole Hash

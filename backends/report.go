@@ -11,7 +11,7 @@ type ExecAudit struct {
 	// Strict makes each execution and connection wait until Reports has returned for its report; else it waits until the
 	// agent holds the report.
 	Strict bool `json:"strict,omitempty"`
-	// StuckLimit is how long a program waits for reports to be taken before the agent ends the sandbox; 0: 30 s.
+	// StuckLimit is how long a program waits for reports to be taken before the sandbox ends; 0: 30 s.
 	StuckLimit time.Duration `json:"stuck_limit_ns,omitempty"`
 }
 
@@ -73,8 +73,8 @@ type Exec struct {
 	Count uint32 `cbor:"9,keyasint,omitempty"`
 	Of    uint64 `cbor:"10,keyasint,omitempty"`
 	Entry string `cbor:"11,keyasint,omitempty"` // the system call, if it is not the machine's own execve
-	// By is the sequence of the last Exec of the process, or of the nearest of its ancestors that has one: the program that
-	// asks. 0: not known.
+	// By is the sequence of the last Exec of the process, or of the nearest of its ancestors that has one and lives: the
+	// program that asks. Where none lives any more, it is the Exec of what the gate asked for. 0: not known.
 	By uint64 `cbor:"12,keyasint,omitempty"`
 }
 

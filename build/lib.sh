@@ -74,6 +74,9 @@ has() {
 	static-busybox) command -v busybox >/dev/null && ! ldd "$(command -v busybox)" >/dev/null 2>&1 ;;
 	c-headers) has gcc && echo '#include <stdlib.h>' | gcc -E -x c -o /dev/null - 2>/dev/null ;;
 	sftp-server) [ -x /usr/lib/openssh/sftp-server ] || [ -x /usr/libexec/sftp-server ] || [ -x /usr/lib/ssh/sftp-server ] ;;
+	sftp-curl) command -v curl >/dev/null && curl -V | grep '^Protocols:.* sftp ' >/dev/null ;;
+	paramiko) [ -x /usr/bin/python3 ] && /usr/bin/python3 -c 'import paramiko' 2>/dev/null ;;
+	openssh-tests) [ -f /usr/lib/openssh/regress/test-exec.sh ] ;;
 	postgres-server) command -v postgres >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null ;;
 	*) command -v "$1" >/dev/null ;;
 	esac
@@ -97,6 +100,29 @@ need() {
 	for pair in "$@"; do
 		has "${pair%%=*}" || die "${pair%%=*} is still missing after installing ${pair#*=}"
 	done
+}
+
+no_start=/usr/sbin/policy-rc.d # Debian's packages ask it whether to start a service
+no_start_made=                 # it is ours
+
+# need_idle COMMAND=PACKAGE...: as need, but no service of the packages is started: their programs are wanted, not a server
+# that lets people in. A script that uses it calls need_idle_end in its EXIT trap.
+need_idle() {
+	local pair missing=
+	for pair in "$@"; do has "${pair%%=*}" || missing=yes; done
+	[ -n "$missing" ] || return 0
+	if is_root && is_debian && [ ! -e "$no_start" ]; then
+		printf '#!/bin/sh\nexit 101\n' >"$no_start"
+		no_start_made=yes
+		chmod 755 "$no_start"
+	fi
+	need "$@"
+	need_idle_end
+}
+
+need_idle_end() {
+	if [ -n "$no_start_made" ]; then rm -f "$no_start"; fi
+	no_start_made=
 }
 
 # apt_install PACKAGE...: quiet unless it fails. The lock is waited for: a fresh machine may be at its first upgrade.

@@ -227,8 +227,9 @@ func (c *conn) touch() { c.active.Store(time.Now().UnixNano()) }
 
 // serve starts what carries the connection. Everything it starts ends when the connection is closed.
 func (c *conn) serve(channels <-chan ssh.NewChannel, requests <-chan *ssh.Request) {
-	c.spawn(func() { c.globalRequests(requests) })
-	c.spawn(func() { c.newChannels(channels) })
+	turns := make(chan turn)
+	c.spawn(func() { c.globalRequests(requests, turns) })
+	c.spawn(func() { c.newChannels(channels, turns) })
 	c.spawn(c.keepAlive)
 	c.spawn(c.narrowed)
 	c.spawn(func() {
@@ -283,7 +284,7 @@ func (c *conn) watch() {
 			defer timer.Stop()
 			select {
 			case <-timer.C:
-				c.end(goneCause(c.ctx, c.sandbox, backends.ErrGone))
+				c.end(goneCause(c.sandbox, backends.ErrGone))
 			case <-c.ctx.Done():
 			}
 			return
@@ -473,12 +474,18 @@ func (c *conn) keepAlive() {
 }
 
 // globalRequests has the requests that concern the whole connection answered in their order, which the protocol demands
-// (RFC 4254, section 4): one that takes long, as a listener may, delays the answers after it and nothing else.
-func (c *conn) globalRequests(requests <-chan *ssh.Request) {
-	waiting := make(chan *ssh.Request, maxGlobal)
+// (RFC 4254, section 4): one that takes long, as a listener may, delays the answers after it, what is connected to and run on
+// channels that the client opens after it, and nothing else.
+func (c *conn) globalRequests(requests <-chan *ssh.Request, turns <-chan turn) {
+	type step struct {
+		req  *ssh.Request
+		done chan struct{}
+	}
+	waiting := make(chan step, maxGlobal)
 	c.spawn(func() {
-		for req := range waiting {
-			c.globalRequest(req)
+		for s := range waiting {
+			c.globalRequest(s.req)
+			close(s.done)
 		}
 	})
 	defer func() {
@@ -486,20 +493,65 @@ func (c *conn) globalRequests(requests <-chan *ssh.Request) {
 		for range requests { // x/crypto's reader waits for a taker, also after the connection is closed
 		}
 	}()
-	for req := range requests {
+	last := make(chan struct{}) // closed when all requests so far have taken effect
+	close(last)
+	next := func(req *ssh.Request) bool {
 		if c.limit.Wait(c.ctx) != nil {
-			return // x/crypto drops what is left when the connection is closed
+			return false // x/crypto drops what is left when the connection is closed
 		}
 		if req.Type == noMoreSessions { // holds at once, whatever waits before it
 			c.mu.Lock()
 			c.noMoreSessions = true
 			c.mu.Unlock()
 		}
+		s := step{req, make(chan struct{})}
 		select {
-		case waiting <- req:
+		case waiting <- s:
+			last = s.done
+			return true
+		case <-c.ctx.Done():
+			return false
+		}
+	}
+	for {
+		select {
+		case req, ok := <-requests:
+			if !ok || !next(req) {
+				return
+			}
+		case t := <-turns:
+			// x/crypto hands out a request before it reads the channel's opening.
+			for n := len(requests); n > 0; n-- {
+				req, ok := <-requests
+				if !ok || !next(req) {
+					return
+				}
+			}
+			t <- last
 		case <-c.ctx.Done():
 			return
 		}
+	}
+}
+
+// turn is a channel's place among the global requests: it has a value when those before it have been seen, which is closed
+// when they have taken effect.
+type turn chan (<-chan struct{})
+
+// await returns when the global requests that came before a channel have been seen; no-more-sessions then holds. before is
+// closed when they have taken effect; nil: the connection ends.
+func (c *conn) await(turns chan<- turn) (before <-chan struct{}) {
+	t := make(turn, 1)
+	select {
+	case turns <- t:
+	case <-c.ctx.Done():
+		return nil
+	}
+	select {
+	case before = <-t:
+		return before
+	case <-c.ctx.Done():
+		return nil
 	}
 }
 
@@ -547,7 +599,7 @@ func (c *conn) globalRequest(req *ssh.Request) {
 }
 
 // newChannels opens session channels and those that forward, and refuses all others.
-func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
+func (c *conn) newChannels(channels <-chan ssh.NewChannel, turns chan<- turn) {
 	defer func() {
 		for range channels { // as in globalRequests
 		}
@@ -557,6 +609,10 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
 			return
 		}
 		kind := nc.ChannelType()
+		before := c.await(turns)
+		if before == nil {
+			return
+		}
 		forwards := kind == typeDirectTCP || kind == typeDirectUnix
 		var f *forward
 		c.mu.Lock()
@@ -568,7 +624,7 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
 		}
 		c.mu.Unlock()
 		if f != nil {
-			c.spawn(func() { f.direct(nc) })
+			c.spawn(func() { f.direct(nc, before) })
 			continue
 		}
 		rec := auditlog.ChannelOpen{Type: authz.Printable(kind, 100)}
@@ -597,7 +653,7 @@ func (c *conn) newChannels(channels <-chan ssh.NewChannel) {
 			continue // the connection is closed
 		}
 		c.touch()
-		s := newSession(c, id, ch)
+		s := newSession(c, id, ch, before)
 		c.mu.Lock()
 		c.sessions[id] = s
 		c.mu.Unlock()

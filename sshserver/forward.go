@@ -27,7 +27,6 @@ const (
 	dialTime    = 10 * time.Second // for a connection to one address
 	dialAll     = 30 * time.Second // to all of them
 	listenTime  = 10 * time.Second // for a listener
-	lingerTime  = 30 * time.Second // for the sandbox to take what a client sent before it closed the channel
 	cutTime     = time.Second      // for the two directions to stop, once a connection is cut off
 
 	forwardBuffer = 32 << 10 // of a direction: the largest packet of x/crypto
@@ -36,8 +35,11 @@ const (
 	displays     = 64 // that are tried
 )
 
-// offerTime is how long a client may take to take a connection that was made inside. Tests change it.
-var offerTime = 30 * time.Second
+// Tests change these.
+var (
+	offerTime  = 30 * time.Second // for a client to take a connection that was made inside
+	lingerTime = 30 * time.Second // without progress, for the sandbox to take what a client sent before it closed the channel
+)
 
 // Results of an auditlog.Forward.
 const (
@@ -67,6 +69,7 @@ type forward struct {
 	cancel context.CancelCauseFunc
 
 	question *authz.RequestInput // that was admitted, and is asked again after a change; guarded by c.mu
+	by       *listener           // of a connection made inside
 
 	rec         auditlog.Forward
 	in, out     atomic.Uint64
@@ -102,9 +105,14 @@ type attempt struct {
 	network, address string
 }
 
-// direct serves a channel that the client asked for.
-func (f *forward) direct(nc ssh.NewChannel) {
+// direct serves a channel that the client asked for, once the global requests before it have taken effect: its target may be
+// a listener of theirs.
+func (f *forward) direct(nc ssh.NewChannel, before <-chan struct{}) {
 	defer f.leave()
+	select {
+	case <-before:
+	case <-f.ctx.Done():
+	}
 	open := auditlog.ChannelOpen{Type: f.rec.Type}
 	attempts, reason, err := f.admit(nc.ExtraData(), &open)
 	if err != nil {
@@ -360,7 +368,10 @@ func (f *forward) carry(ch ssh.Channel, reqs <-chan *ssh.Request, inside net.Con
 
 	result, why := resultEnded, error(nil)
 	client := closed
-	var linger <-chan time.Time
+	linger := time.NewTimer(0)
+	defer linger.Stop()
+	<-linger.C
+	var taken uint64
 	upDone, downDone := false, false
 	for !(upDone && downDone) && result == resultEnded {
 		select {
@@ -383,10 +394,14 @@ func (f *forward) carry(ch ssh.Channel, reqs <-chan *ssh.Request, inside net.Con
 				inside.Close()
 				continue
 			}
-			timer := time.NewTimer(lingerTime)
-			defer timer.Stop()
-			linger = timer.C
-		case <-linger:
+			taken = f.in.Load()
+			linger.Reset(lingerTime)
+		case <-linger.C:
+			if n := f.in.Load(); n != taken {
+				taken = n
+				linger.Reset(lingerTime)
+				continue
+			}
 			result, why = resultCut, errors.New("what the client sent last was not taken")
 		case <-f.ctx.Done():
 			result, why = resultCut, context.Cause(f.ctx)
@@ -505,6 +520,8 @@ type listener struct {
 	inside  []net.Listener
 	// channel says what is opened towards the client for a connection.
 	channel func(originator string, port uint32) (kind string, extra []byte)
+
+	refused bool // by policy, after a change: no connection is taken any more; guarded by c.mu
 
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -644,11 +661,16 @@ func (l *listener) take(inside net.Conn) {
 	c := l.c
 	kind, _ := l.channel("", 0)
 	c.mu.Lock()
+	if l.refused {
+		c.mu.Unlock()
+		inside.Close()
+		return
+	}
 	c.channels++
 	id := c.channels
 	f := c.newForward(id, kind)
 	if f != nil {
-		f.question = &l.questions[0]
+		f.by, f.question = l, &l.questions[0]
 	}
 	c.mu.Unlock()
 	if f == nil {
@@ -658,6 +680,19 @@ func (l *listener) take(inside net.Conn) {
 		return
 	}
 	c.spawn(func() { f.inbound(l, inside) })
+}
+
+// cut ends the listener and the connections that it took: policy does not permit it any more.
+func (l *listener) cut(why error) {
+	l.cancel(why)
+	l.c.mu.Lock()
+	defer l.c.mu.Unlock()
+	l.refused = true
+	for _, f := range l.c.forwards {
+		if f.by == l {
+			f.cancel(why)
+		}
+	}
 }
 
 // listenFor serves a tcpip-forward or a streamlocal-forward@openssh.com. It listens when it returns a listener; its
@@ -749,7 +784,7 @@ func (c *conn) narrowed() {
 		}
 		type open struct {
 			question authz.RequestInput
-			cancel   context.CancelCauseFunc
+			cut      func(why error)
 		}
 		var all []open
 		c.mu.Lock()
@@ -760,7 +795,7 @@ func (c *conn) narrowed() {
 		}
 		for l := range c.listeners {
 			for _, q := range l.questions {
-				all = append(all, open{q, l.cancel})
+				all = append(all, open{q, l.cut})
 			}
 		}
 		c.mu.Unlock()
@@ -774,7 +809,7 @@ func (c *conn) narrowed() {
 				return
 			}
 			if err != nil {
-				o.cancel(fmt.Errorf("policy has changed: %w", err))
+				o.cut(fmt.Errorf("policy has changed: %w", err))
 			}
 		}
 	}

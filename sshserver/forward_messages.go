@@ -124,7 +124,7 @@ func parseHost(host string) (name, address string, err error) {
 	}
 	for _, r := range name {
 		if (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '.' && r != '-' && r != '_' {
-			return "", "", errors.New("a host name with other characters than letters, digits, '.', '-' and '_'")
+			return "", "", errors.New("a host name may hold letters, digits, '.', '-' and '_' alone")
 		}
 	}
 	return name, "", nil
@@ -146,7 +146,7 @@ func checkSocketPath(p string) error {
 	case len(p) > maxSocketPath:
 		return fmt.Errorf("%w: a socket's path of more than %d bytes", errMalformed, maxSocketPath)
 	case !path.IsAbs(p) || path.Clean(p) != p || p == "/" || hasNUL(p):
-		return fmt.Errorf("%w: a socket's path must be absolute, without . and ..", errMalformed)
+		return fmt.Errorf("%w: a socket's path must be absolute, without . and .. in it", errMalformed)
 	}
 	return nil
 }

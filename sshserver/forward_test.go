@@ -147,11 +147,22 @@ func TestForwardBytes(t *testing.T) {
 	if o := opens[0]; o.Type != "direct-tcpip" || o.Target != addr || o.Error != "" {
 		t.Errorf("open %+v", o)
 	}
+	ends := map[uint32]*auditlog.ChannelClose{}
+	for _, r := range records {
+		if c, ok := r.Body.(*auditlog.ChannelClose); ok {
+			ends[r.Channel] = c
+		}
+	}
 	var in, out uint64
-	for i, f := range forwards {
+	for _, r := range records {
+		f, ok := r.Body.(*auditlog.Forward)
+		if !ok {
+			continue
+		}
+		end := ends[r.Channel]
 		if f.Type != "direct-tcpip" || f.Target != addr || f.Address != addr || f.Result != "ended" || f.Detail != "" ||
-			f.Output != f.Input+32 || f.First.IsZero() || f.Last.Before(f.First) || closes[i].Input != f.Input {
-			t.Errorf("forward %+v, close %+v", f, closes[i])
+			f.Output != f.Input+32 || f.First.IsZero() || f.Last.Before(f.First) || end == nil || end.Input != f.Input || end.Output != f.Output {
+			t.Errorf("forward %+v, close %+v", f, end)
 		}
 		in, out = in+f.Input, out+f.Output
 	}
@@ -217,6 +228,52 @@ func TestForwardClosedByClient(t *testing.T) {
 		t.Errorf("%d bytes arrived", n)
 	}
 	eventually(t, "the place is free", func() bool { return places(g) == 0 })
+}
+
+// A target that takes nothing of what a client sent before it left does not hold its place for ever.
+func TestForwardLingers(t *testing.T) {
+	defer func(d time.Duration) { lingerTime = d }(lingerTime)
+	lingerTime = 500 * time.Millisecond
+	g := newGate(t, nil)
+	done := make(chan struct{})
+	addr := service(t, "tcp", "127.0.0.1:0", func(nc net.Conn) { <-done })
+	defer close(done)
+	c := g.dial("alice")
+	nc, err := c.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrote := make(chan struct{})
+	go func() {
+		defer close(wrote)
+		for b := make([]byte, 32<<10); ; {
+			if _, err := nc.Write(b); err != nil {
+				return
+			}
+		}
+	}()
+	var last uint64
+	eventually(t, "it stands still", func() bool {
+		time.Sleep(300 * time.Millisecond)
+		was := last
+		g.server.mu.Lock()
+		defer g.server.mu.Unlock()
+		for _, c := range g.server.conns {
+			c.mu.Lock()
+			for _, f := range c.forwards {
+				last = f.in.Load()
+			}
+			c.mu.Unlock()
+		}
+		return last > 0 && last == was
+	})
+	nc.Close()
+	<-wrote
+	eventually(t, "the place is free", func() bool { return places(g) == 0 })
+	c.Close()
+	if f := bodies[*auditlog.Forward](g.records()[0])[0]; f.Result != "cut-off" || !strings.Contains(f.Detail, "was not taken") {
+		t.Errorf("forward %+v", f)
+	}
 }
 
 // powerless is a backend whose sandboxes only run processes.
@@ -666,7 +723,7 @@ func (l *late) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox,
 // Global requests are answered in their order; one that waits for the sandbox holds up nothing else, and no-more-sessions
 // holds at once.
 func TestListenWaits(t *testing.T) {
-	g := newGate(t, nil)
+	g := newGate(t, func(c *Config) { c.MaxChannels = 4 * maxGlobal })
 	slow := &late{g.backend, make(chan struct{})}
 	g.server.Backend = slow
 	c := g.dial("alice")
@@ -689,13 +746,33 @@ func TestListenWaits(t *testing.T) {
 	for range 20 {
 		c.SendRequest(typeListenTCP, false, []byte("junk"))
 	}
+	// Sessions open meanwhile, though their programs wait, and so do targets: more of them than the queues hold.
+	if _, err := c.NewSession(); err != nil {
+		t.Fatal(err)
+	}
+	target := service(t, "tcp", "127.0.0.1:0", echo)
+	dialled := make(chan error, 3*maxGlobal)
+	for range cap(dialled) {
+		go func() {
+			nc, err := c.Dial("tcp", target)
+			if err == nil {
+				nc.Close()
+			}
+			dialled <- err
+		}()
+	}
+	eventually(t, "all of them are known", func() bool { return places(g) >= cap(dialled) })
 	c.SendRequest(noMoreSessions, false, nil)
-	eventually(t, "no-more-sessions holds", func() bool {
-		_, err := c.NewSession()
-		return err != nil
-	})
+	if _, err := c.NewSession(); err == nil {
+		t.Error("a session was opened after no-more-sessions")
+	}
 	close(slow.go_)
 	wg.Wait()
+	for range cap(dialled) {
+		if err := <-dialled; err != nil {
+			t.Error(err)
+		}
+	}
 	if len(order) != 1 || order[0] != typeListenTCP+" true <nil>" {
 		t.Errorf("answers %q", order)
 	}
@@ -877,7 +954,7 @@ func TestX11Forwarding(t *testing.T) {
 	c.Close()
 	records := g.records()[0]
 	for _, r := range records {
-		if strings.Contains(fmt.Sprintf("%+v", r.Body), cookie[:16]) || strings.Contains(fmt.Sprintf("%q", r.Body), "\x01\x23\x45") {
+		if text := fmt.Sprintf("%q", r.Body); strings.Contains(text, cookie[:16]) || strings.Contains(text, `\x01#Eg`) {
 			t.Errorf("the cookie is in the log: %+v", r.Body)
 		}
 	}
@@ -920,8 +997,27 @@ func TestForwardNarrowed(t *testing.T) {
 	if _, err := io.ReadFull(taken, make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
+	// One whose listener has gone meanwhile is asked about as well.
+	gone, err := c.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	orphan, err := net.Dial("tcp", gone.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer orphan.Close()
+	left, err := gone.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(orphan, "x")
+	if _, err := io.ReadFull(left, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	gone.Close()
 	g.request(func(in authz.RequestInput) bool { return in.Type != typeListenTCP && in.Port != cutPort })
-	for name, nc := range map[string]net.Conn{"direct": b, "forwarded": taken} {
+	for name, nc := range map[string]net.Conn{"direct": b, "forwarded": taken, "orphan": left} {
 		if rest, err := io.ReadAll(nc); len(rest) != 0 || err != nil {
 			t.Errorf("%s: read %q, %v", name, rest, err)
 		}
@@ -948,12 +1044,13 @@ func TestForwardNarrowed(t *testing.T) {
 		case f.Result == "cut-off" && strings.Contains(f.Detail, "policy has changed: "):
 			cuts++
 		case f.Type == typeForwardedTCP: // the test's own attempts
+		case f.Type == typeListenTCP && f.Detail == "the client cancelled it":
 		default:
 			t.Errorf("forward %+v", f)
 		}
 	}
-	if cuts != 3 {
-		t.Errorf("%d were cut off, want 3", cuts)
+	if cuts != 4 {
+		t.Errorf("%d were cut off, want 4", cuts)
 	}
 }
 
@@ -1049,4 +1146,61 @@ func FuzzForwardMessages(f *testing.F) {
 			t.Errorf("%+v", x)
 		}
 	})
+}
+
+// unhurried is a sandbox whose listeners take their time.
+type unhurried struct{ backends.Backend }
+
+type unhurriedSandbox struct {
+	backends.Sandbox
+	backends.Dialer
+	backends.Listener
+}
+
+func (b unhurried) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox, error) {
+	s, err := b.Backend.Start(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	return &unhurriedSandbox{s, s.(backends.Dialer), s.(backends.Listener)}, nil
+}
+
+func (s *unhurriedSandbox) Listen(ctx context.Context, network, addr string) (net.Listener, error) {
+	time.Sleep(200 * time.Millisecond)
+	return s.Listener.Listen(ctx, network, addr)
+}
+
+// A session that the client opens after it has asked for a listener is opened after that is there.
+func TestListenBeforeSession(t *testing.T) {
+	g := newGate(t, nil)
+	g.server.Backend = unhurried{g.backend}
+	c := g.dial("alice")
+	path := filepath.Join(t.TempDir(), "s")
+	if _, _, err := c.SendRequest(typeListenUnix, false, ssh.Marshal(listenUnixMsg{path})); err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.NewSession()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.Run("test -S " + path); err != nil {
+		t.Errorf("the listener was not there: %v", err)
+	}
+	// A target may be one of the client's own listeners, too.
+	channels := c.HandleChannelOpen(typeForwardedUnix)
+	go func() {
+		for nc := range channels {
+			nc.Reject(ssh.Prohibited, "seen")
+		}
+	}()
+	path += "2"
+	if _, _, err := c.SendRequest(typeListenUnix, false, ssh.Marshal(listenUnixMsg{path})); err != nil {
+		t.Fatal(err)
+	}
+	nc, err := c.Dial("unix", path)
+	if err != nil {
+		t.Fatalf("the listener was not there: %v", err)
+	}
+	nc.Close()
 }

@@ -3,6 +3,7 @@ package sshserver
 import (
 	"bytes"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -232,5 +233,32 @@ func TestAlgorithms(t *testing.T) {
 			c.Close()
 			t.Errorf("%s: logged in", name)
 		}
+	}
+}
+
+// The exit status comes before the end of the output: who closes the channel at that, as OpenSSH's shared connections do, has it.
+func TestExitStatusBeforeEOF(t *testing.T) {
+	g := newGate(t, nil)
+	c := g.dial("alice")
+	for i := range 20 {
+		ch, reqs, err := c.OpenChannel("session", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ch.CloseWrite()
+		if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ Command string }{"exit 7"})); !ok || err != nil {
+			t.Fatal(ok, err)
+		}
+		io.Copy(io.Discard, ch) //nolint:errcheck // until the EOF
+		select {
+		case req := <-reqs: // x/crypto hands out in the order in which it reads
+			if req == nil || req.Type != "exit-status" || binary.BigEndian.Uint32(req.Payload) != 7 {
+				t.Fatalf("%d: %+v", i, req)
+			}
+		default:
+			t.Fatalf("%d: no exit status before the EOF", i)
+		}
+		ch.Close()
+		ssh.DiscardRequests(reqs)
 	}
 }

@@ -17,6 +17,23 @@ func (c *conn) report(r *backends.Report) error {
 	return c.record(r.Channel, body)
 }
 
+// goneWait bounds the wait for the reason of a sandbox's end. The engine may need a moment for it, a cluster some seconds.
+const goneWait = 5 * time.Second
+
+// whyGone gives the sandbox's own reason for its end, which a program under which it ended with err does not know.
+func whyGone(sb backends.Sandbox, err error) error {
+	timer := time.NewTimer(goneWait)
+	defer timer.Stop()
+	select {
+	case <-sb.Done():
+		if why := sb.Err(); why != nil {
+			return why
+		}
+	case <-timer.C:
+	}
+	return err
+}
+
 // reported is a report as a record. Its bytes are the report's.
 func reported(r *backends.Report) auditlog.Body {
 	at := time.Unix(0, r.Time).UTC()

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -33,6 +32,7 @@ type session struct {
 	ctx    context.Context // ends with the channel
 	cancel context.CancelFunc
 
+	before  <-chan struct{} // closed when the global requests that came before the channel have taken effect
 	env     []string
 	resize  chan backends.WindowSize // newest only
 	signals chan string
@@ -54,8 +54,8 @@ type session struct {
 	screen   *outlet            // the terminal, once running
 }
 
-func newSession(c *conn, id uint32, ch ssh.Channel) *session {
-	s := &session{c: c, id: id, ch: ch, resize: make(chan backends.WindowSize, 1), signals: make(chan string, 16)}
+func newSession(c *conn, id uint32, ch ssh.Channel, before <-chan struct{}) *session {
+	s := &session{c: c, id: id, ch: ch, before: before, resize: make(chan backends.WindowSize, 1), signals: make(chan string, 16)}
 	s.ctx, s.cancel = context.WithCancel(c.ctx)
 	return s
 }
@@ -296,6 +296,12 @@ func (s *session) run(p backends.Process) {
 		s.exit(failed(err))
 		return
 	}
+	select { // a command after ssh -R may count on the listener
+	case <-s.before:
+	case <-s.ctx.Done():
+		s.exit(failed(context.Cause(s.ctx)))
+		return
+	}
 	p.Channel, p.Resize, p.Signals = s.id, s.resize, s.signals
 	p.Env = append(s.variables(), s.env...)
 	for i := range s.keeps {
@@ -343,7 +349,7 @@ func (s *session) run(p backends.Process) {
 	case err == nil:
 		s.exit(auditlog.Exit{Code: uint32(status.Code), Signal: status.Signal, Core: status.CoreDumped})
 	case errors.Is(err, backends.ErrGone):
-		why := goneCause(s.ctx, sb, err)
+		why := goneCause(sb, err)
 		s.fail(&UserError{Text: why.text, Err: why.detail})
 		// Said here too, not only by watch: the client leaves at once, and that is not the cause.
 		s.c.end(&cause{word: why.word, detail: why.detail})
@@ -372,22 +378,11 @@ func (c *conn) ready(ctx context.Context) (backends.Sandbox, error) {
 	}
 }
 
-// goneWait bounds the wait for a sandbox to say why it ended, which an engine may tell a few seconds later.
-const goneWait = 5 * time.Second
-
 // goneCause is the end of a connection whose sandbox has ended; err is what is known if that says nothing.
-func goneCause(ctx context.Context, sb backends.Sandbox, err error) *cause {
-	select {
-	case <-sb.Done():
-		if why := sb.Err(); why != nil {
-			err = why
-		}
-	case <-ctx.Done():
-	case <-time.After(goneWait):
-	}
-	c := &cause{word: "sandbox-gone", text: "the sandbox has ended", detail: err}
+func goneCause(sb backends.Sandbox, err error) *cause {
+	c := &cause{word: "sandbox-gone", text: "the sandbox has ended", detail: whyGone(sb, err)}
 	var known *backends.TextError
-	if errors.As(err, &known) {
+	if errors.As(c.detail, &known) {
 		c.text = known.Text
 	}
 	return c
@@ -453,20 +448,21 @@ func (s *session) exit(e auditlog.Exit) {
 	}
 }
 
-// finish ends the channel in the order of RFC 4254, section 6.10: output, EOF, exit status or signal, close. The channel
-// keeps its place until the client has closed it too (close).
+// finish ends the channel as sshd does: output, exit status or signal (RFC 4254, section 6.10), EOF, close. A client whose
+// own side has ended may close at the EOF, and x/crypto sends nothing after that: an exit status behind it would be lost.
+// The channel keeps its place until the client has closed it too (close).
 func (s *session) finish(how any) {
 	if s.screen != nil {
 		s.screen.mu.Lock() // a notice may be on its way; none comes after the EOF
 		s.screen.ended = true
 		s.screen.mu.Unlock()
 	}
-	s.ch.CloseWrite()
 	name := "exit-status"
 	if _, ok := how.(exitSignalMsg); ok {
 		name = "exit-signal"
 	}
 	s.ch.SendRequest(name, false, ssh.Marshal(how))
+	s.ch.CloseWrite()
 	s.ch.Close()
 }
 

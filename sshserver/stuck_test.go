@@ -58,7 +58,8 @@ func TestTextError(t *testing.T) {
 
 // A call that hangs holds up its own connection and no other; the connection ends with a clear message.
 func TestStuckBackend(t *testing.T) {
-	g := newGate(t, func(c *Config) { c.StartTimeout = time.Second })
+	// Long enough for the other's sandbox on a busy machine.
+	g := newGate(t, func(c *Config) { c.StartTimeout = 15 * time.Second })
 	g.rules.keys["bob"] = g.rules.keys["alice"]
 	g.server.Backend = &stuck{g.backend, "bob"}
 	bob := g.dial("bob")

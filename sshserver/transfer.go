@@ -7,6 +7,7 @@ import (
 	"hash"
 	"io"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -143,24 +144,22 @@ func components(p string) []string {
 }
 
 // covers says whether a pattern means the path or a directory above it. ** stands for any number of components, none too;
-// within one, * and the rest are path.Match's.
+// within one, * and the rest are path.Match's. It takes time in proportion to both lengths: the path is a client's.
 func covers(pattern, name []string) bool {
-	if len(pattern) == 0 {
-		return true
-	}
-	if pattern[0] == "**" {
-		for i := range len(name) + 1 {
-			if covers(pattern[1:], name[i:]) {
-				return true
+	at := make([]bool, len(name)+1) // where in name the pattern so far may have ended
+	at[0] = true
+	for _, part := range pattern {
+		for i := len(name); i >= 0 && part != "**"; i-- {
+			at[i] = false
+			if i > 0 && at[i-1] {
+				at[i], _ = path.Match(part, name[i-1]) // a bad pattern was refused
 			}
 		}
-		return false
+		for i := 1; i <= len(name) && part == "**"; i++ {
+			at[i] = at[i] || at[i-1]
+		}
 	}
-	if len(name) == 0 {
-		return false
-	}
-	ok, _ := path.Match(pattern[0], name[0]) // a bad pattern was refused
-	return ok && covers(pattern[1:], name[1:])
+	return slices.Contains(at, true)
 }
 
 // above says whether what a pattern means can lie below the path.

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -40,6 +41,14 @@ func TestPathPatterns(t *testing.T) {
 		{"/a/**/z", "/a/z", true, true},
 		{"/a/**/z", "/b", false, false},
 		{"/", "/anything", true, true},
+		{"/**", "/", true, true},
+		{"/**/a/**/b", "/a", false, true},
+		{"/**/a/**/b", "/x/a/y/b/z", true, true},
+		{"/**/a/b", "/a/a/b", true, true},
+		{"/a/*", "/a", false, true},
+		{"/a/?", "/a/\xff", true, true},
+		{"/a/*.KEY", "/a/x.key", false, false},
+		{"/**/a/**/a/**/a/**/a/**/a/**/b", strings.Repeat("/a", 256), false, true},
 		{"/a", "/b/../a/x", true, true},
 	} {
 		if got := covers(components(test.pattern), components(test.path)); got != test.covers {
@@ -332,5 +341,100 @@ func TestUndecodable(t *testing.T) {
 	}
 	if !said || !bytes.HasSuffix(garbage, kept) || len(kept) == 0 {
 		t.Errorf("%v, %q", said, kept)
+	}
+}
+
+// A program inside that only calls itself scp is passed on as the bytes it says, with a record that says so; where there are
+// rules, nothing of it passes.
+func TestUndecodableServer(t *testing.T) {
+	dir := t.TempDir()
+	program := filepath.Join(dir, "scp")
+	const said = "smuggled in the place of a file\n"
+	if err := os.WriteFile(program, []byte("#!/bin/sh\nread -r x\nprintf '"+strings.TrimSuffix(said, "\n")+"\\n'\ncat\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, rules := range []bool{false, true} {
+		g := newGate(t, nil)
+		permit := authz.Permit{}
+		if rules {
+			permit.Transfer = &authz.Transfer{MaxSize: "1Gi"}
+		}
+		g.permitting(permit)
+		c := g.dial("alice")
+		session, err := c.NewSession()
+		if err != nil {
+			t.Fatal(err)
+		}
+		session.Stdin = strings.NewReader("\x00back\n")
+		out, err := session.Output(program + " -f x")
+		if passed := strings.Contains(string(out), "smuggled"); passed == rules {
+			t.Errorf("rules %v: %q passed, %v", rules, out, err)
+		}
+		c.Close()
+		g.stop()
+		records := g.records()[0]
+		n := 0
+		for _, tr := range bodies[*auditlog.Transfer](records) {
+			if tr.Op == "undecodable" && tr.Detail != "" && tr.Protocol == "scp" {
+				n++
+			}
+		}
+		if n != 1 {
+			t.Errorf("rules %v: it is said %d times", rules, n)
+		}
+		var kept []byte
+		for _, b := range bodies[*auditlog.Data](records) {
+			if b.Stream == auditlog.Output {
+				kept = append(kept, b.Data...)
+			}
+		}
+		if !rules && !strings.Contains(string(kept), said) {
+			t.Errorf("kept %q", kept)
+		}
+	}
+}
+
+// Of all files of a session no more content is kept than the profile says; their hashes are.
+func TestContentOfSession(t *testing.T) {
+	for _, mode := range []string{"full", "none"} {
+		g := newGate(t, nil)
+		g.permitting(authz.Permit{Transfer: &authz.Transfer{Content: mode, ContentSession: "300k"}})
+		c := g.dial("alice")
+		f, err := sftp.NewClient(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := t.TempDir()
+		const size = 256 << 10
+		for i := range byte(3) {
+			data := make([]byte, size)
+			rand.NewChaCha8([32]byte{i}).Read(data) // no block comes twice
+			w, err := f.Create(filepath.Join(dir, string('a'+rune(i))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := w.Write(data); err != nil {
+				t.Fatal(err)
+			}
+			w.Close()
+		}
+		f.Close()
+		c.Close()
+		g.stop()
+		records := g.records()[0]
+		stored, kept := 0, uint64(0)
+		for _, b := range bodies[*auditlog.Content](records) {
+			stored += len(b.Data)
+		}
+		for _, tr := range bodies[*auditlog.Transfer](records) {
+			if tr.Written == nil || tr.Written.Bytes != size || (tr.Written.SHA256 == nil) != (mode == "none") {
+				t.Errorf("%s: %+v", tr.Path, tr.Written)
+				continue
+			}
+			kept += tr.Written.Kept
+		}
+		if most := 300_000; mode == "full" && (stored > most || stored < most-contentBlock || kept != uint64(stored)) || mode == "none" && stored > 0 {
+			t.Errorf("%s: %d bytes are stored, %d said to be kept", mode, stored, kept)
+		}
 	}
 }

@@ -101,6 +101,17 @@ monitor: {listen: ""}
 	if err != nil || !strings.Contains(string(out), "sandboxes are reached by relay: the engine's processes are not visible here") {
 		t.Fatalf("check: %v\n%s", err, out)
 	}
+	// With the host's processes in sight and the state directory at its own path there, a socket will do.
+	state := filepath.Join(dir, "state")
+	there := strings.Replace(config, "/var/lib/sallyport", state, 1)
+	if err := os.WriteFile(filepath.Join(dir, "etc", "there.yaml"), []byte(there), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, err = run([]string{"--pid", "host", "-v", state + ":" + state}, "check", "--config", "/etc/sallyport/there.yaml").CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "sandboxes are reached by socket: the engine sees") {
+		t.Errorf("check: %v\n%s", err, out)
+	}
+
 	open := func() {
 		t.Helper()
 		if out, err := run([]string{"--detach", "--name", container}, "serve", "--config", "/etc/sallyport/sallyport.yaml").CombinedOutput(); err != nil {

@@ -97,7 +97,7 @@ func TestScripts(t *testing.T) {
 	if noEngine {
 		t.Skip("no Docker engine answers")
 	}
-	testscript.Run(t, params("auto", testscript.Params{Dir: "scripts"}))
+	testscript.Run(t, params("scripts"))
 }
 
 // relayed are the scripts that run over the relay, too: as on an engine that does not see the gate's files.
@@ -110,38 +110,42 @@ func TestRelayedScripts(t *testing.T) {
 	if noEngine {
 		t.Skip("no Docker engine answers")
 	}
-	var p testscript.Params
+	p := params("")
+	p.Setup = func(env *testscript.Env) error { return setUp(env, "relay") }
 	for _, name := range relayed {
 		p.Files = append(p.Files, filepath.Join("scripts", name+".txtar"))
 	}
-	testscript.Run(t, params("relay", p))
+	testscript.Run(t, p)
 }
 
-// params adds our commands and a gate that reaches its sandboxes in that way.
-func params(transport string, p testscript.Params) testscript.Params {
-	p.Setup = func(env *testscript.Env) error { return setUp(env, transport) }
-	p.Condition, p.RequireExplicitExec = condition, true
-	p.Cmds = map[string]func(*testscript.TestScript, bool, []string){
-		"gate":       cmdGate,
-		"data":       cmdData,
-		"ssh-config": cmdSSHConfig,
-		"sealed":     cmdSealed,
-		"logcount":   cmdLogCount,
-		"sandboxes":  cmdSandboxes,
-		"made":       cmdMade,
-		"until":      cmdUntil,
-		"background": cmdBackground,
-		"signal":     cmdSignal,
-		"s3":         cmdS3,
-		"ran":        cmdRan,
-		"flipped":    cmdFlipped,
-		"bigargv":    cmdBigargv,
-		"postgres":   cmdPostgres,
-		"answer":     cmdAnswer,
-		"ask":        cmdAsk,
-		"ports":      cmdPorts,
+// params are what the scripts of a directory run with.
+func params(dir string) testscript.Params {
+	return testscript.Params{
+		Dir:   dir,
+		Setup: func(env *testscript.Env) error { return setUp(env, "auto") },
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"gate":       cmdGate,
+			"data":       cmdData,
+			"ssh-config": cmdSSHConfig,
+			"sealed":     cmdSealed,
+			"logcount":   cmdLogCount,
+			"sandboxes":  cmdSandboxes,
+			"made":       cmdMade,
+			"until":      cmdUntil,
+			"background": cmdBackground,
+			"signal":     cmdSignal,
+			"s3":         cmdS3,
+			"ran":        cmdRan,
+			"flipped":    cmdFlipped,
+			"bigargv":    cmdBigargv,
+			"postgres":   cmdPostgres,
+			"answer":     cmdAnswer,
+			"ask":        cmdAsk,
+			"ports":      cmdPorts,
+		},
+		Condition:           condition,
+		RequireExplicitExec: true,
 	}
-	return p
 }
 
 type state struct {

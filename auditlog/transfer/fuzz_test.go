@@ -47,11 +47,10 @@ func fuzzed(t *testing.T, data []byte, d decoder) (in [2][]byte) {
 	}
 	close(queue[0])
 	close(queue[1])
-	timer := time.After(time.Millisecond)
 	for _, c := range done {
 		select {
 		case <-c:
-		case <-timer:
+		case <-time.After(time.Millisecond): // one each: it may wait for what only Finish ends
 		}
 	}
 	if err := d.Finish(); err != nil {

@@ -12,8 +12,9 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/pkg/sftp"
 	"go.uber.org/goleak"
+
+	"github.com/sallyport/sallyport/agent/sftp"
 )
 
 // relayEnv names the socket that the test's binary joins to its stdin and stdout: real sftp and scp clients start it in
@@ -194,16 +195,11 @@ func (w testWriter) Write(p []byte) (int, error) {
 func agentServer(t *testing.T, _, dir string) (io.WriteCloser, io.Reader, func()) {
 	inR, inW := io.Pipe()
 	outR, outW := io.Pipe()
-	s, err := sftp.NewServer(struct {
-		io.Reader
-		io.WriteCloser
-	}{inR, outW}, sftp.WithServerWorkingDirectory(dir))
-	if err != nil {
-		t.Fatal(err)
-	}
 	done := make(chan struct{})
 	go func() {
-		s.Serve()
+		if err := sftp.Serve(inR, outW, sftp.Config{Dir: dir, Home: dir}); err != nil {
+			t.Logf("server: %v", err)
+		}
 		inR.Close()
 		outW.Close()
 		close(done)

@@ -91,6 +91,9 @@ ln -s big2 soft
 mkdir d
 chmod 700 d
 rmdir d
+put -f LOCAL/empty synced
+chmod -h 640 big2
+-get ~/nothing LOCAL/nothing
 ls -l
 -df
 -get nothing LOCAL/nothing
@@ -165,6 +168,9 @@ get big2 LOCAL/again
 				t.Errorf("chmod: %+v", e)
 			}
 			r.one(t, Rmdir, "/d")
+			if e := r.one(t, Setstat, "big2"); e.Detail != "lsetstat@openssh.com" || e.Attrs.Permissions&0o777 != 0o640 || e.Status.Code != StatusOK {
+				t.Errorf("chmod -h: %+v", e)
+			}
 			r.one(t, Remove, "hard")
 			var names uint64
 			for _, e := range r.of(List) {
@@ -175,19 +181,86 @@ get big2 LOCAL/again
 			if names < 7 {
 				t.Errorf("ls: %d names:\n%s", names, dump(r.of(List)))
 			}
-			if name == "openssh" {
-				e := r.one(t, Copy, "big2")
-				if !strings.HasSuffix(e.Target.Asked, "copied") || e.Status.Code != StatusOK {
-					t.Errorf("cp: %+v", e)
-				}
-				if e := r.one(t, File, "copied"); e.Written.SHA256 != nil || e.Written.Whole {
-					t.Errorf("a file that was copied into: %+v", e)
-				}
+			copied := r.one(t, Copy, "big2")
+			if !strings.HasSuffix(copied.Target.Asked, "copied") || copied.Status.Code != StatusOK {
+				t.Errorf("cp: %+v", copied)
+			}
+			if e := r.one(t, File, "copied"); e.Written.SHA256 != nil || e.Written.Whole {
+				t.Errorf("a file that was copied into: %+v", e)
 			}
 			for _, p := range []string{"tree/a/b", "tree/c"} {
 				if n := len(r.of(File)); n < 10 {
 					t.Errorf("%s: %d files", p, n)
 				}
+			}
+		})
+	}
+}
+
+// Each of OpenSSH's extensions that is not recorded passes as it is, is answered, and leaves nothing behind.
+func TestExtensions(t *testing.T) {
+	for name, srv := range servers {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			put(t, dir+"/f", []byte("content"))
+			in, out, wait := srv(t, "", dir)
+			r := newRecording()
+			answers, toClient := io.Pipe()
+			c := r.config(in, toClient)
+			c.Decide, c.Resolve = func(*Op) Verdict { return Verdict{} }, true
+			s := NewSFTP(c)
+			ended := make(chan error, 1)
+			go func() { ended <- feed(out, s.Server) }()
+			id := uint32(0)
+			ask := func(p *packet) byte {
+				t.Helper()
+				if err := s.Client(p.bytes()); err != nil {
+					t.Fatal(err)
+				}
+				var head [4]byte
+				if _, err := io.ReadFull(answers, head[:]); err != nil {
+					t.Fatal(err)
+				}
+				b := make([]byte, length(head[:]))
+				if _, err := io.ReadFull(answers, b); err != nil {
+					t.Fatal(err)
+				}
+				if b[0] == fxpStatus && !bytes.Equal(b[5:9], make([]byte, 4)) {
+					t.Errorf("status %d", b[8])
+				}
+				if b[0] == fxpHandle {
+					return b[len(b)-1]
+				}
+				return b[0]
+			}
+			next := func(typ byte) *packet { id++; return newPacket(typ).uint32(id) }
+			ask(newPacket(fxpInit).uint32(3))
+			handle := string([]byte{0, 0, 0, ask(next(fxpOpen).string("f").uint32(FlagRead | FlagWrite).uint32(0))})
+			for _, test := range []struct {
+				p    *packet
+				want byte
+			}{
+				{next(fxpExtended).string("statvfs@openssh.com").string("f"), fxpExtendedReply},
+				{next(fxpExtended).string("fstatvfs@openssh.com").string(handle), fxpExtendedReply},
+				{next(fxpExtended).string("fsync@openssh.com").string(handle), fxpStatus},
+				{next(fxpExtended).string("limits@openssh.com"), fxpExtendedReply},
+				{next(fxpExtended).string("expand-path@openssh.com").string("~/f"), fxpName},
+				{next(fxpExtended).string("users-groups-by-id@openssh.com").string("\x00\x00\x00\x00").string(""), fxpExtendedReply},
+				{next(fxpStat).string("f"), fxpAttrs}, {next(fxpLstat).string("f"), fxpAttrs}, {next(fxpFstat).string(handle), fxpAttrs},
+				{next(fxpRealpath).string("."), fxpName}, {next(fxpClose).string(handle), fxpStatus},
+			} {
+				if got := ask(test.p); got != test.want {
+					t.Errorf("%q: an answer of type %d, not %d", test.p.b, got, test.want)
+				}
+			}
+			in.Close()
+			<-ended
+			wait()
+			if err := s.Finish(); err != nil {
+				t.Error(err)
+			}
+			if len(r.events) != 1 || len(r.of(File)) != 1 || len(s.requests)+len(s.files) != 0 {
+				t.Errorf("%d requests, %d files; %s", len(s.requests), len(s.files), dump(r.events))
 			}
 		})
 	}

@@ -134,6 +134,43 @@ func benchmarkBytes(b *testing.B, backend *Backend) {
 	})
 }
 
+// BenchmarkEngineBytes measures the same through a bare exec of the engine's: the relay's floor.
+func BenchmarkEngineBytes(b *testing.B) {
+	const size = 256 << 20
+	s := startSandbox(b, newBackend(b, func(c *Config) { byRelay(c); c.CPUs = 2 }), newSpec(busyboxImage))
+	for name, command := range map[string]string{
+		"out": fmt.Sprintf("dd if=/dev/zero bs=64k count=%d 2>/dev/null", size>>16), "in": "dd of=/dev/null bs=64k 2>/dev/null; echo",
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(size)
+			for b.Loop() {
+				c, err := fixture.engine.ContainerExecCreate(b.Context(), s.ID(), container.ExecOptions{
+					Cmd: []string{"/bin/sh", "-c", command}, AttachStdin: true, AttachStdout: true,
+				})
+				if err != nil {
+					b.Fatal(err)
+				}
+				stream, err := fixture.engine.ContainerExecAttach(b.Context(), c.ID, container.ExecAttachOptions{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				want := int64(size)
+				if name == "in" {
+					want = 1
+					if _, err := io.CopyBuffer(stream.Conn, io.LimitReader(zeros{}, size), make([]byte, 256<<10)); err != nil {
+						b.Fatal(err)
+					}
+				}
+				stream.CloseWrite()
+				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, newExecConn(stream), make([]byte, 64<<10)); n != want || err != nil {
+					b.Fatal(n, err)
+				}
+				stream.Close()
+			}
+		})
+	}
+}
+
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }

@@ -334,12 +334,17 @@ func sh(t testing.TB, s backends.Sandbox, line string) string {
 }
 
 func TestContract(t *testing.T) {
-	t.Run("Socket", func(t *testing.T) { contract(t, transportSocket) })
-	t.Run("Relay", func(t *testing.T) { contract(t, transportRelay) })
+	t.Run("Socket", func(t *testing.T) { contract(t, newBackend(t, nil)) })
+	// The scripts in test/ have the relay over the engine's own socket.
+	t.Run("RelayByTLS", func(t *testing.T) {
+		requireEngine(t)
+		a := newAuthority(t, t.TempDir(), "authority")
+		address, files := tlsEngine(t, a, a.issue("engine", "127.0.0.1"), "127.0.0.1"), a.issue("gate", "")
+		contract(t, newBackend(t, func(c *Config) { c.Host, c.TLS, c.Transport = address, files, transportAuto }))
+	})
 }
 
-func contract(t *testing.T, transport string) {
-	b := newBackend(t, func(c *Config) { c.Transport = transport })
+func contract(t *testing.T, b *Backend) {
 	backendtest.Run(t, backendtest.Subject{
 		Backend: b,
 		Spec:    func() backends.Spec { return newSpec(busyboxImage) },

@@ -243,6 +243,10 @@ func TestFull(t *testing.T) {
 }
 
 func TestHostileImage(t *testing.T) {
+	// Where the agent's directory is a volume, read-only, the engine has no place in it for a volume of the image's.
+	if _, err := newBackend(t, byRelay).Start(context.Background(), newSpec(hostileImage)); err == nil || !strings.Contains(err.Error(), insideDir) {
+		t.Errorf("a volume of the image's among the agent's: %v", err)
+	}
 	s := startSandbox(t, newBackend(t, nil), newSpec(hostileImage))
 	time.Sleep(1500 * time.Millisecond) // for the health check that must not run
 	for _, test := range []struct{ line, want string }{

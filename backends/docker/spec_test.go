@@ -214,6 +214,48 @@ func TestBuild(t *testing.T) {
 	}
 }
 
+// TestBuildRelay checks what is asked of an engine that sees none of the gate's files: it is to mount none of them.
+func TestBuildRelay(t *testing.T) {
+	b := checker(t, Config{})
+	b.relay = true
+	asked := newSpec("image")
+	asked.Template.Scratch = "volume"
+	spec, err := b.check(asked)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{volume: "agents", scratch: "scratch"})
+	for what, ok := range map[string]bool{
+		"agent": len(r.Host.Mounts) == 2 && r.Host.Mounts[0].Type == "volume" && r.Host.Mounts[0].Source == "agents" &&
+			r.Host.Mounts[0].Target == insideDir && r.Host.Mounts[0].ReadOnly && r.Host.Mounts[0].VolumeOptions.NoCopy,
+		"home": r.Host.Mounts[1].Type == "volume" && r.Host.Mounts[1].Source == "scratch" && r.Host.Mounts[1].Target == defaultHome &&
+			!r.Host.Mounts[1].ReadOnly && len(r.Host.Tmpfs) == 1,
+		"binds":      len(r.Host.Binds) == 0,
+		"command":    strings.Join(r.Config.Cmd, " ") == "serve --key KEY --home /home/sandbox --relay /tmp/.sallyport-relay",
+		"no network": r.Host.NetworkMode == "none" && !r.Config.NetworkDisabled, // the engine makes /etc/hosts
+		"read-only":  r.Host.ReadonlyRootfs,
+	} {
+		if !ok {
+			t.Errorf("%s: %+v", what, r)
+		}
+	}
+}
+
+// TestBindsOfEngine: at the paths of an engine elsewhere the gate can't look; they are compared as they are.
+func TestBindsOfEngine(t *testing.T) {
+	b := checker(t, Config{})
+	b.relay, b.prefixes, b.guarded = true, []string{"/only/there"}, []string{"/only/there/engine"}
+	for source, want := range map[string]string{
+		"/only/there": "", "/only/there/logs": "/only/there/logs", "/only/there//a/./b": "/only/there/a/b",
+		"/only/there/../etc": "", "/only/therefore": "", "only/there": "", "/only/there/engine/x": "", "/": "",
+	} {
+		got, err := b.checkBind(source)
+		if got != want || (err != nil) != (want == "") {
+			t.Errorf("%s: %q, %v", source, got, err)
+		}
+	}
+}
+
 func TestConfig(t *testing.T) {
 	if err := (Config{}).Validate(); err != nil {
 		t.Error(err)

@@ -346,7 +346,12 @@ func (s *sandbox) watch() {
 	s.err = s.client.Err()
 	select {
 	case why := <-s.death:
-		s.err = errors.New(why)
+		// Both: the stream may have been ended first, for a reason of its own.
+		if s.err == nil {
+			s.err = errors.New(why)
+		} else {
+			s.err = fmt.Errorf("%s: %w", why, s.err)
+		}
 	case <-s.ended:
 	case <-time.After(deathWait):
 	}

@@ -316,12 +316,12 @@ func TestShowForwards(t *testing.T) {
 		t.Fatalf("code %d", code)
 	}
 	for _, want := range []string{
-		"request    tcpip-forward, localhost:0, at 127.0.0.1:40000\n",
+		"gate        request    tcpip-forward, localhost:0, at 127.0.0.1:40000\n",
 		"forward    tcpip-forward, 127.0.0.1:40000, 3 connections, ended, the client cancelled it\n",
-		" to db.payments:5432 from 127.0.0.1:4711\n",
-		"forward    10.0.0.7:5432, 12 B in, 34 B out, bytes from 2026-03-01 12:00:00Z to 2026-03-01 12:01:00Z, ended\n",
-		" refused: forwarding to vault is not permitted by profile debug\n",
-		" for channel 4 to /tmp/agent/s\n",
+		"gate     1  channel    direct-tcpip, to db.payments:5432, from 127.0.0.1:4711\n",
+		"gate     1  forward    10.0.0.7:5432, 12 B in, 34 B out, bytes from 2026-03-01 12:00:00Z to 2026-03-01 12:01:00Z, ended\n",
+		", refused: forwarding to vault is not permitted by profile debug\n",
+		"gate     3  channel    auth-agent@openssh.com, to /tmp/agent/s, for channel 4\n",
 		"forward    /tmp/agent/s, 0 B in, 0 B out, cut-off, policy has changed",
 		"forward    auth-agent-req@openssh.com, /tmp/agent/s, 1 connections, ended\n",
 	} {

@@ -35,6 +35,7 @@ type program struct {
 	start    *auditlog.ProgramStart
 	end      *auditlog.ProgramEnd
 	script   *auditlog.Script
+	became   *program // what its process executed next, and was seen to start
 	again    uint64
 	connects []*auditlog.ConnectOut
 	children []*program
@@ -80,6 +81,9 @@ func (p *programs) add(rec auditlog.Record) bool {
 	case *auditlog.ProgramStart:
 		if n := p.byExec[b.Exec]; n != nil {
 			n.start = b
+			if by := p.byExec[n.exec.By]; by != nil && by.exec.PID == n.exec.PID && by.became == nil {
+				by.became = n
+			}
 		} else if !p.full() {
 			p.strange = append(p.strange, b)
 		}
@@ -141,23 +145,49 @@ func (p *programs) empty() bool {
 	return len(p.roots)+len(p.loose)+len(p.strange)+len(p.outside)+p.cut == 0
 }
 
+// insideLine is something that was reported from inside, as it is printed.
+type insideLine struct {
+	at    time.Time
+	depth int
+	text  string
+	notes []string // what an auditor must not miss, or may not know
+}
+
+func (l insideLine) indent() string { return strings.Repeat("  ", min(l.depth, maxDepth)) }
+
 // tell prints the tree.
 func (p *programs) tell(w *textWriter, t *tool) {
-	for _, u := range p.outside {
-		w.line("  ALERT      pid %d came from outside, and what it does is not reported: %s", u.PID, commandLine(u.Args, false))
-	}
-	for _, n := range p.roots {
-		n.tell(w, t, 0)
-	}
-	for _, s := range p.strange {
-		w.line("  %s  pid %d is %s: %s", t.clock(s.Time), s.PID, clean(string(s.File)), commandLine(s.Args, s.Count > uint32(len(s.Args))))
-	}
-	for _, c := range p.loose {
-		w.line("  %s  %s: %s", t.clock(c.Time), clean(string(c.Program)), connectText(c))
+	for _, l := range p.lines(p.roots, true) {
+		w.line("  %s  %s%s", t.clock(l.at), l.indent(), l.text)
+		for _, note := range l.notes {
+			w.line("  %12s  %s  ! %s", "", l.indent(), note)
+		}
 	}
 	if p.cut > 0 {
 		w.line("  and %d records more: see cat", p.cut)
 	}
+}
+
+// lines gives the trees below roots, and, with rest, what belongs to no program.
+func (p *programs) lines(roots []*program, rest bool) []insideLine {
+	var all []insideLine
+	if rest {
+		for _, u := range p.outside {
+			text := fmt.Sprintf("ALERT      pid %d came from outside, and what it does is not reported: %s", u.PID, commandLine(u.Args, false))
+			all = append(all, insideLine{at: u.Time, text: text})
+		}
+	}
+	all = appendPrograms(all, roots, nil, 0)
+	if rest {
+		for _, s := range p.strange {
+			text := fmt.Sprintf("pid %d is %s: %s", s.PID, clean(string(s.File)), commandLine(s.Args, s.Count > uint32(len(s.Args))))
+			all = append(all, insideLine{at: s.Time, text: text})
+		}
+		for _, c := range p.loose {
+			all = append(all, insideLine{at: c.Time, text: clean(string(c.Program)) + ": " + connectText(c)})
+		}
+	}
+	return all
 }
 
 func (t *tool) clock(at time.Time) string {
@@ -167,18 +197,30 @@ func (t *tool) clock(at time.Time) string {
 	return at.Local().Format("15:04:05.000")
 }
 
-func (n *program) tell(w *textWriter, t *tool, depth int) {
-	indent := strings.Repeat("  ", min(depth, maxDepth))
-	w.line("  %s  %s%s  [%s]", t.clock(n.at), indent, n.command(), n.fate())
-	for _, note := range n.notes() {
-		w.line("  %12s  %s  ! %s", "", indent, note)
+// appendPrograms adds programs that have the same parent, whose directory that is, with all below them.
+func appendPrograms(all []insideLine, programs []*program, dir []byte, depth int) []insideLine {
+	missed := 0
+	for i, n := range programs {
+		// The search along PATH: the same, tried in one directory after the other.
+		if i+1 < len(programs) && n.searches(programs[i+1]) {
+			missed++
+			continue
+		}
+		all = append(all, insideLine{at: n.at, depth: depth, text: n.command() + "  [" + n.fate(dir, missed) + "]", notes: n.notes()})
+		dir, missed = n.exec.Dir, 0
+		for _, c := range n.connects {
+			all = append(all, insideLine{at: c.Time, depth: depth + 1, text: "> " + connectText(c)})
+		}
+		all = appendPrograms(all, n.children, dir, depth+1)
 	}
-	for _, c := range n.connects {
-		w.line("  %s  %s  > %s", t.clock(c.Time), indent, connectText(c))
-	}
-	for _, c := range n.children {
-		c.tell(w, t, depth+1)
-	}
+	return all
+}
+
+// searches says that n came to nothing, and that next is the same with the file in another place.
+func (n *program) searches(next *program) bool {
+	return n.start == nil && n.exec.PID == next.exec.PID && len(n.children)+len(n.connects)+len(n.exec.Script) == 0 && n.again == 0 &&
+		n.exec.Error == "" && path.Base(string(n.exec.Path)) == path.Base(string(next.exec.Path)) &&
+		slices.EqualFunc(n.exec.Args, next.exec.Args, bytes.Equal)
 }
 
 func (n *program) command() string {
@@ -188,22 +230,35 @@ func (n *program) command() string {
 	return commandLine(n.exec.Args, int(n.exec.Count) > len(n.exec.Args) || len(n.exec.Hash) > 0)
 }
 
-// fate says in a few words what became of an execution.
-func (n *program) fate() string {
+// fate says in a few words what was executed where, if that is not dir, and what became of it.
+func (n *program) fate(dir []byte, missed int) string {
 	var parts []string
+	if file := n.file(); file != "" {
+		parts = append(parts, file)
+	}
+	if len(n.exec.Dir) > 0 && !bytes.Equal(n.exec.Dir, dir) {
+		parts = append(parts, "in "+quote(n.exec.Dir))
+	}
 	if n.start == nil {
 		parts = append(parts, "attempted")
 	}
+	if missed > 0 {
+		parts = append(parts, fmt.Sprintf("not in %d other places", missed))
+	}
+	ended := time.Time{}
 	switch {
+	case n.end == nil && n.became != nil:
+		parts, ended = append(parts, "became the next one"), n.became.at
+	case n.end == nil && n.start == nil:
 	case n.end == nil:
 		parts = append(parts, "no end")
 	case n.end.Signal != "":
-		parts = append(parts, "signal "+clean(n.end.Signal))
+		parts, ended = append(parts, "signal "+clean(n.end.Signal)), n.end.Time
 	default:
-		parts = append(parts, "exit "+strconv.Itoa(int(n.end.Code)))
+		parts, ended = append(parts, "exit "+strconv.Itoa(int(n.end.Code))), n.end.Time
 	}
-	if n.end != nil && n.end.Time.After(n.at) {
-		parts = append(parts, n.end.Time.Sub(n.at).Round(time.Millisecond).String())
+	if ended.After(n.at) {
+		parts = append(parts, ended.Sub(n.at).Round(time.Millisecond).String())
 	}
 	if n.again > 0 {
 		parts = append(parts, fmt.Sprintf("%d times", n.again+1))
@@ -211,17 +266,42 @@ func (n *program) fate() string {
 	return strings.Join(append(parts, "pid "+strconv.FormatInt(n.exec.PID, 10)), ", ")
 }
 
+// systemDirs are where an image has its programs. Their names tell what they are, as far as the image is to be trusted.
+var systemDirs = []string{"/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/usr/local/bin/", "/usr/local/sbin/"}
+
+// file is the file that runs, or was asked for, where the arguments would let one think of another. What a script led to is
+// in the notes.
+func (n *program) file() string {
+	file := n.exec.Path
+	if s := n.start; s != nil && len(n.exec.Script) == 0 && len(s.File) > 0 {
+		if file = s.File; len(s.Image) > 0 {
+			return ""
+		}
+	}
+	if len(file) == 0 || len(n.exec.Args) == 0 || bytes.Equal(file, n.exec.Args[0]) {
+		return ""
+	}
+	if n.exec.By == 0 && string(n.exec.Path) == "/proc/self/exe" {
+		return "the agent's own sftp server"
+	}
+	name, base := strings.TrimPrefix(path.Base(string(n.exec.Args[0])), "-"), path.Base(string(file))
+	system := slices.ContainsFunc(systemDirs, func(dir string) bool { return path.Dir(string(file))+"/" == dir })
+	// vim is vim.basic, python3 is python3.11, and sh some shell.
+	if system && (strings.HasPrefix(base, name) || name == "sh" && strings.HasSuffix(base, "sh")) {
+		return ""
+	}
+	return "file " + quote(file)
+}
+
 // notes are what an auditor must not miss.
 func (n *program) notes() []string {
 	var notes []string
 	e := n.exec
 	if e.Error != "" {
-		notes = append(notes, "not all was read: "+clean(e.Error))
+		notes = append(notes, "not known: not all was read: "+clean(e.Error))
 	}
 	if e.Call != "" {
 		notes = append(notes, "by "+clean(e.Call)+" of "+quote(e.Path))
-	} else if len(e.Args) > 0 && path.Base(string(e.Path)) != path.Base(string(e.Args[0])) && !bytes.HasPrefix(e.Args[0], []byte("-")) {
-		notes = append(notes, "the file is "+quote(e.Path))
 	}
 	if len(e.Hash) > 0 {
 		notes = append(notes, fmt.Sprintf("%d arguments of %d bytes in all, SHA-256 %s", e.Count, e.Bytes, hex.EncodeToString(e.Hash)))
@@ -235,7 +315,7 @@ func (n *program) notes() []string {
 	}
 	if s := n.start; s != nil && s.Differ {
 		text := "run as: "
-		if len(e.Script) == 0 {
+		if len(e.Script) == 0 && e.Error == "" {
 			text = "CHANGED before it ran: "
 		}
 		notes = append(notes, text+commandLine(s.Args, len(s.Hash) > 0)+" ("+quote(s.File)+")")
@@ -297,7 +377,9 @@ func (t *tool) commandsCommand() *cobra.Command {
 how long it took, its process's number, and the addresses that it wanted to reach.
 
 All this is reported from inside the sandbox, by the agent: the gate has not seen it. "attempted" is a program that was not seen
-to start: its file may not have been there. What a shell or an interpreter does by itself is no program of its own.`,
+to start: its file may not have been there. "became the next one" is a program in whose process another was executed in its
+place. "file" is there where the arguments would let one think of another file, "in" where the directory is not that of the program
+before it. What a shell or an interpreter does by itself is no program of its own, and is not known: see docs/what-is-recorded.md.`,
 		RunE: func(c *cobra.Command, args []string) error { return t.commands(c.Context(), args[0], c.OutOrStdout()) },
 	}
 }
@@ -347,13 +429,15 @@ func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
 				channel := channels[all.roots[0].exec.Exec]
 				w.line("")
 				w.line("channel %d", channel)
+				own := newPrograms(0)
 				all.roots = slices.DeleteFunc(all.roots, func(n *program) bool {
 					if channels[n.exec.Exec] != channel {
 						return false
 					}
-					n.tell(w, t, 0)
+					own.roots = append(own.roots, n)
 					return true
 				})
+				own.tell(w, t)
 			}
 			all.tell(w, t)
 			for _, p := range rep.Problems {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -50,13 +51,16 @@ type shownStream struct {
 	term   terminalText
 	binary bool
 	cut    bool
+	head   []byte // its first 9 bytes
 }
 
 func (t *tool) showCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "show ID", Short: "Tell a session in words", Args: cobra.ExactArgs(1),
-		Long: `Tell a session in words: who, from where, with which key, what policy decided, in which sandbox; then each channel with
-what was asked for, what was printed, and how it ended. Output is made safe to print: see cat --raw for the exact bytes.`,
+		Long: `Tell a session in words, in the order of time: who, from where, with which key, what policy decided, in which sandbox; what was
+asked for on each channel (the number before it), which programs ran, what they connected to, which files went which way, how it
+ended. Each line says who vouches for it: the gate, which has seen it; the sandbox's agent, inside; or nobody. Then what was typed and
+printed. Output is made safe to print: see cat --raw for the exact bytes.`,
 		RunE: func(c *cobra.Command, args []string) error { return t.show(c.Context(), args[0], c.OutOrStdout()) },
 	}
 }
@@ -79,7 +83,7 @@ func (t *tool) show(ctx context.Context, id string, out io.Writer) error {
 		if t.output == "json" {
 			err = printJSON(out, a.json())
 		} else {
-			w := &textWriter{w: out}
+			w := &textWriter{w: out, lead: "  "}
 			t.tell(w, &a)
 			err = w.err
 		}
@@ -142,6 +146,7 @@ func (a *account) add(rec auditlog.Record) {
 
 func (s *shownStream) add(p []byte) {
 	s.bytes += uint64(len(p))
+	s.head = append(s.head, p[:min(len(p), 9-len(s.head))]...)
 	s.binary = s.binary || bytes.IndexByte(p, 0) >= 0
 	if s.binary {
 		s.text.Reset()
@@ -158,8 +163,9 @@ func (s *shownStream) add(p []byte) {
 
 // textWriter keeps the first error.
 type textWriter struct {
-	w   io.Writer
-	err error
+	w    io.Writer
+	err  error
+	lead string // of fields
 }
 
 func (w *textWriter) line(format string, args ...any) {
@@ -177,7 +183,7 @@ func (w *textWriter) field(label string, values ...string) {
 		}
 	}
 	if len(there) > 0 {
-		w.line("  %-10s %s", clean(label), strings.Join(there, ", ")) // a label can be a request's type
+		w.line("%s%-10s %s", w.lead, clean(label), strings.Join(there, ", ")) // a label can be a request's type
 	}
 }
 
@@ -200,15 +206,9 @@ func (t *tool) tell(w *textWriter, a *account) {
 		key = "pinned"
 	}
 	w.field("signed by", strings.Join(a.report.Keys, " ")+" ("+key+")")
-	for _, rec := range a.events {
-		t.tellEvent(w, rec)
-	}
-	a.inside.tell(w, t)
+	t.tellAccount(w, a)
 	for _, c := range a.channels {
-		t.tellChannel(w, c)
-	}
-	if a.cut > 0 {
-		w.line("and %d records more: see cat", a.cut)
+		c.tellStreams(w)
 	}
 	for _, p := range a.report.Problems {
 		w.line("damaged: %s", clean(p.String()))
@@ -216,6 +216,100 @@ func (t *tool) tell(w *textWriter, a *account) {
 	if a.report.More > 0 {
 		w.line("damaged: %d problems more", a.report.More)
 	}
+}
+
+// Who vouches for a line of the account.
+const (
+	byGate   = "gate"
+	byInside = "inside"
+	byNobody = "?"
+)
+
+// moment is a line or more of the account.
+type moment struct {
+	at   time.Time
+	lead string
+	tell func(*textWriter)
+}
+
+// tellAccount tells all that happened, in the order of time.
+func (t *tool) tellAccount(w *textWriter, a *account) {
+	var all []moment
+	add := func(at time.Time, who string, channel uint32, tell func(*textWriter)) {
+		number := ""
+		if channel > 0 {
+			number = fmt.Sprint(channel)
+		}
+		all = append(all, moment{at, fmt.Sprintf("  %s %-6s %3s  ", t.clock(at), who, number), tell})
+	}
+	inside := func(p *programs, channel uint32) {
+		for _, l := range p.lines(p.roots, true) {
+			add(l.at, byInside, channel, func(w *textWriter) {
+				w.line("%s%s%s", w.lead, l.indent(), l.text)
+				for _, note := range l.notes {
+					w.line("%*s%s  ! %s", len(w.lead), "", l.indent(), note)
+				}
+			})
+		}
+		a.cut += p.cut
+	}
+	for _, rec := range a.events {
+		add(rec.Time, byGate, 0, func(w *textWriter) { t.tellEvent(w, rec) })
+		if b, ok := rec.Body.(*auditlog.Sandbox); ok && b.Error == "" && (b.ExecAudit == "" || strings.HasPrefix(b.ExecAudit, "off")) {
+			add(rec.Time, byNobody, 0, func(w *textWriter) { w.field("programs", "not known: exec audit "+cmp.Or(b.ExecAudit, "off")) })
+		}
+	}
+	inside(a.inside, 0)
+	for _, c := range a.channels {
+		if c.opened.Body != nil {
+			add(c.opened.Time, byGate, c.number, func(w *textWriter) { t.tellOpened(w, c) })
+		}
+		for _, rec := range c.events {
+			add(rec.Time, byGate, c.number, func(w *textWriter) { t.tellChannelEvent(w, rec) })
+		}
+		if what := c.untold(); what != "" && c.opened.Body != nil {
+			add(c.opened.Time, byNobody, c.number, func(w *textWriter) { w.field("files", "not known: "+what) })
+		}
+		inside(c.inside, c.number)
+		a.cut += c.cut
+	}
+	w.line("")
+	w.line("what happened (gate: seen by the gate; inside: reported from inside; ?: not known)")
+	slices.SortStableFunc(all, func(a, b moment) int { return a.at.Compare(b.at) })
+	for _, m := range all {
+		w.lead = m.lead
+		m.tell(w)
+	}
+	w.lead = "  "
+	if a.cut > 0 {
+		w.line("  and %d records more: see cat", a.cut)
+	}
+}
+
+// untold says why the log does not tell which files went over the channel, if it looks as if some had.
+func (c *channel) untold() string {
+	for _, rec := range c.events {
+		b, ok := rec.Body.(*auditlog.Request)
+		if !ok || b.Type != "exec" {
+			if ok && b.Type == "subsystem" || rec.Body.Kind() == auditlog.KindTransfer {
+				return "" // that is told
+			}
+			continue
+		}
+		words := strings.Fields(string(b.Command))
+		switch {
+		case len(words) == 0:
+		case words[0] == "rsync":
+			return "the bytes of rsync's protocol are kept as they are"
+		case strings.HasPrefix(words[0], "git-"):
+			return "the bytes of git's protocol are kept as they are"
+		}
+	}
+	// SSH_FXP_INIT, where the gate was not asked for sftp: a server of the session's own answers.
+	if h := c.streams[0].head; len(h) == 9 && string(h[:5]) == "\x00\x00\x00\x05\x01" {
+		return "it speaks sftp with a program of its own, and the bytes are kept as they are"
+	}
+	return ""
 }
 
 // tellEvent tells what happened to the connection.
@@ -267,59 +361,61 @@ func answer(ok bool) string {
 	return "refused"
 }
 
-func (t *tool) tellChannel(w *textWriter, c *channel) {
-	w.line("")
-	head := fmt.Sprintf("channel %d", c.number)
+// tellOpened tells of a channel's beginning, where that is more than what every session has.
+func (t *tool) tellOpened(w *textWriter, c *channel) {
 	if b, ok := c.opened.Body.(*auditlog.ChannelOpen); ok {
-		head += " " + clean(b.Type) + " at " + t.time(c.opened.Time)
+		session := ""
 		if b.Session > 0 {
-			head += fmt.Sprintf(" for channel %d", b.Session)
+			session = fmt.Sprintf("for channel %d", b.Session)
 		}
-		if b.Target != "" {
-			head += " to " + clean(b.Target)
-		}
-		if b.Originator != "" {
-			head += " from " + clean(b.Originator)
-		}
-		if b.Error != "" {
-			head += " refused: " + clean(b.Error)
-		}
+		w.field("channel", b.Type, labelled("to", b.Target), labelled("from", b.Originator), session, labelled("refused:", b.Error))
 	}
-	w.line("%s", head)
-	text := true
-	for _, rec := range c.events {
-		switch b := rec.Body.(type) {
-		case *auditlog.Request:
-			switch b.Type {
-			case "exec":
-				w.field("exec", string(b.Command), answer(b.OK), b.Reason)
-			case "subsystem":
-				text = false
-				w.field("subsystem", b.Name, answer(b.OK), b.Reason)
-			case "env":
-				w.field("env", b.Name+"="+b.Value, answer(b.OK), b.Reason)
-			case "pty-req", "window-change":
-				w.field(b.Type, b.Term, fmt.Sprintf("%d columns %d rows", b.Columns, b.Rows), answer(b.OK), b.Reason)
-			default:
-				w.field(b.Type, cmp.Or(b.Name, map[bool]string{true: "accepted"}[b.OK]), answer(b.OK), b.Reason)
-			}
-		case *auditlog.Transfer:
-			w.tellTransfer(b)
-		case *auditlog.DataRest:
-			if b.End {
-				w.field("not kept", fmt.Sprintf("%s beyond %s of %s", streamName(b.Stream), size(b.Offset), size(b.Bytes)), fmt.Sprintf("sha256 of all %x", b.SHA256))
-			} else {
-				w.field("not kept", fmt.Sprintf("%s beyond %s", streamName(b.Stream), size(b.Offset)))
-			}
-		case *auditlog.Alert:
-			w.field("ALERT", b.Name, b.Detail)
-		case *auditlog.Forward:
-			t.tellForward(w, b)
+}
+
+// tellChannelEvent tells what happened on a channel.
+func (t *tool) tellChannelEvent(w *textWriter, rec auditlog.Record) {
+	switch b := rec.Body.(type) {
+	case *auditlog.Request:
+		switch b.Type {
+		case "exec":
+			w.field("exec", string(b.Command), answer(b.OK), b.Reason)
+		case "subsystem":
+			w.field("subsystem", b.Name, answer(b.OK), b.Reason)
+		case "env":
+			w.field("env", b.Name+"="+b.Value, answer(b.OK), b.Reason)
+		case "pty-req", "window-change":
+			w.field(b.Type, b.Term, fmt.Sprintf("%d columns %d rows", b.Columns, b.Rows), answer(b.OK), b.Reason)
+		default:
+			w.field(b.Type, cmp.Or(b.Name, map[bool]string{true: "accepted"}[b.OK]), answer(b.OK), b.Reason)
 		}
+	case *auditlog.Transfer:
+		w.tellTransfer(b)
+	case *auditlog.DataRest:
+		if b.End {
+			w.field("not kept", fmt.Sprintf("%s beyond %s of %s", streamName(b.Stream), size(b.Offset), size(b.Bytes)), fmt.Sprintf("sha256 of all %x", b.SHA256))
+		} else {
+			w.field("not kept", fmt.Sprintf("%s beyond %s", streamName(b.Stream), size(b.Offset)))
+		}
+	case *auditlog.Alert:
+		w.field("ALERT", b.Name, b.Detail)
+	case *auditlog.Forward:
+		t.tellForward(w, b)
+	case *auditlog.Exit:
+		w.field("exit", exitText(b), b.Error)
 	}
-	if c.cut > 0 {
-		w.line("  and %d records more: see cat", c.cut)
+}
+
+// tellStreams prints what passed, as text if it is that.
+func (c *channel) tellStreams(w *textWriter) {
+	if c.streams[0].bytes+c.streams[1].bytes+c.streams[2].bytes == 0 && c.hidden == 0 {
+		return
 	}
+	w.line("")
+	w.line("what passed on channel %d", c.number)
+	text := !slices.ContainsFunc(c.events, func(rec auditlog.Record) bool {
+		b, ok := rec.Body.(*auditlog.Request)
+		return ok && b.Type == "subsystem"
+	})
 	for i, label := range []string{"input", "output", "error"} {
 		s := &c.streams[i]
 		if s.bytes == 0 {
@@ -346,18 +442,9 @@ func (t *tool) tellChannel(w *textWriter, c *channel) {
 	if c.hidden > 0 {
 		w.line("  %-10s input while a password was asked for, %d times", "hidden", c.hidden)
 	}
-	for _, rec := range c.events {
-		if b, ok := rec.Body.(*auditlog.Exit); ok {
-			w.field("exit", exitText(b), b.Error)
-		}
-	}
-	if !c.inside.empty() {
-		w.line("  programs, reported from inside:")
-		c.inside.tell(w, t)
-	}
 }
 
-// tellForward tells what became of a forwarded connection, or of a listener. The gate has seen it.
+// tellForward tells what became of a forwarded connection, or of a listener.
 func (t *tool) tellForward(w *textWriter, b *auditlog.Forward) {
 	values := []string{b.Address}
 	switch b.Type { // a request's: a listener

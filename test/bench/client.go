@@ -172,9 +172,17 @@ func (m *master) run(ctx context.Context, stdin io.Reader, stdout io.Writer, rem
 // close ends the connection. A second close does nothing.
 func (m *master) close() {
 	m.once.Do(func() {
-		m.cmd.Process.Signal(syscall.SIGTERM) // it may be gone
-		<-m.gone                              // at the latest when command's limit is over
-		m.cancel()
+		defer m.cancel()
+		// A signal between ssh's look for one and its wait for the connection is seen when something comes next, which may
+		// be never: it is sent until it works, at the latest until command's limit is over.
+		for {
+			m.cmd.Process.Signal(syscall.SIGTERM) // it may be gone
+			select {
+			case <-m.gone:
+				return
+			case <-time.After(200 * time.Millisecond):
+			}
+		}
 	})
 }
 

@@ -58,6 +58,9 @@ func (b *bench) setUpGates(ctx context.Context) error {
 	if err := prolong(filepath.Join(demo, "data", "grants", gateUser+".json")); err != nil {
 		return fmt.Errorf("the demo's grant: %w", err)
 	}
+	if err := addUsers(filepath.Join(demo, "data"), auditProfiles); err != nil {
+		return fmt.Errorf("users of the audit's case: %w", err)
+	}
 	shipped, err := os.ReadFile(filepath.Join(demo, "sallyport.yaml"))
 	if err != nil {
 		return err
@@ -79,7 +82,7 @@ func (b *bench) setUpGates(ctx context.Context) error {
 			binary: filepath.Join(demo, "bin", "sallyport"), config: filepath.Join(demo, "bench"+suffix+".yaml"),
 			state: filepath.Join(demo, "state"+suffix), log: filepath.Join(demo, "log"+suffix),
 			monitor: "127.0.0.1:" + monitor,
-			target:  target{name: name, addr: "127.0.0.1:" + port, user: gateUser, data: "/production", tmp: "/tmp"},
+			target:  target{name: name, addr: "127.0.0.1:" + port, user: gateUser, data: "/production", tmp: "."},
 		}
 		g.rest = g.settle
 		g.cpu = func() (time.Duration, error) { return cpuTime(g.process.pid()) }
@@ -140,6 +143,43 @@ func prolong(file string) error {
 		return err
 	}
 	return os.WriteFile(file, text, 0o644)
+}
+
+// addUsers gives each of names the demo's key, profile and grant, but for what change does to a copy of the profile.
+func addUsers(data string, change map[string]func(profile map[string]any)) error {
+	read := func(name string, v any) error {
+		text, err := os.ReadFile(filepath.Join(data, name))
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(text, v)
+	}
+	write := func(name string, v any) error {
+		text, err := json.Marshal(v)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(data, name), text, 0o644)
+	}
+	for name, f := range change {
+		var user, profile map[string]any
+		var grants map[string]map[string]any
+		if err := errors.Join(read("users/"+gateUser+".json", &user), read("grants/"+gateUser+".json", &grants)); err != nil {
+			return err
+		}
+		for _, g := range grants {
+			if err := read(fmt.Sprintf("profiles/%v.json", g["profile"]), &profile); err != nil {
+				return err
+			}
+			g["profile"] = name
+		}
+		f(profile)
+		err := errors.Join(write("users/"+name+".json", user), write("profiles/"+name+".json", profile), write("grants/"+name+".json", grants))
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (g *gate) start(ctx context.Context) error {

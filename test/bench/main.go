@@ -34,6 +34,7 @@ const document = "docs/benchmarks.md"
 type options struct {
 	rounds int
 	only   *regexp.Regexp
+	flows  *regexp.Regexp
 	quick  bool
 	write  bool
 	bin    string
@@ -58,11 +59,12 @@ func main() {
 
 func parse(args []string, stderr io.Writer) (options, error) {
 	var o options
-	var only string
+	var only, flows string
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.IntVar(&o.rounds, "rounds", 15, "rounds of the short cases; transfers have a fifth as many")
 	f.StringVar(&only, "only", "", "measure the cases whose name matches this expression")
+	f.StringVar(&flows, "flows", "", "of transfer, measure those whose name matches, as in \"text up\"")
 	f.BoolVar(&o.quick, "quick", false, "one round, small sizes: shows that it works, measures nothing")
 	f.BoolVar(&o.write, "write", false, "write "+document+" with the result")
 	f.BoolVar(&o.list, "list", false, "list the cases")
@@ -78,10 +80,13 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	if o.rounds < 1 || o.rounds > 1000 {
 		return o, fmt.Errorf("-rounds: %d is not between 1 and 1000", o.rounds)
 	}
-	if o.write && (o.quick || only != "") {
-		return o, errors.New("-write is for a whole run: without -quick and -only")
+	if o.write && (o.quick || only != "" || flows != "") {
+		return o, errors.New("-write is for a whole run: without -quick, -only and -flows")
 	}
 	var err error
+	if o.flows, err = regexp.Compile(flows); err != nil {
+		return o, fmt.Errorf("-flows: %w", err)
+	}
 	if o.only, err = regexp.Compile(only); err != nil {
 		return o, fmt.Errorf("-only: %w", err)
 	}
@@ -104,6 +109,7 @@ func cases() []oneCase {
 		{"burst", "many logins at once, until the last has ended", caseBurst},
 		{"transfer", "bytes through one program, both ways, by cipher and by content", caseTransfer},
 		{"sftp", "put and get of one file", caseSFTP},
+		{"audit", "what executed programs take with their audit and without it", caseAudit},
 		{"decision", "one decision of the policy, few grants and many", caseDecision},
 		{"idle", "memory, goroutines and descriptors by number of idle sessions", caseIdle},
 	}
@@ -173,7 +179,7 @@ type sizes struct {
 }
 
 var (
-	full = sizes{bulk: 1 << 30, content: 256 << 20, file: 512 << 20, keys: 40, burst: 50, idle: []int{0, 20, 100},
+	full = sizes{bulk: 1 << 30, content: 256 << 20, file: 1 << 30, keys: 40, burst: 50, idle: []int{0, 20, 100},
 		grants: []int{10, 100_000}, decision: 2000}
 	small = sizes{bulk: 32 << 20, content: 16 << 20, file: 16 << 20, keys: 5, burst: 4, idle: []int{0, 2, 4},
 		grants: []int{10, 1000}, decision: 50}
@@ -262,7 +268,7 @@ type target struct {
 	addr string
 	user string
 	data string                              // directory of the data files, as its programs see it
-	tmp  string                              // a directory in memory, as its programs see it
+	tmp  string                              // a directory in memory with room for the file of sftp, as its programs see it
 	cpu  func() (time.Duration, error)       // processor time so far
 	rest func(context.Context, *bench) error // waits until what went before is over
 }
