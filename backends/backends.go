@@ -85,15 +85,15 @@ type RefusedError struct{ Reason string }
 
 func (e *RefusedError) Error() string { return "sandbox refused: " + e.Reason }
 
-// StartError says why a sandbox did not start, in words that the client may read.
-type StartError struct {
+// TextError says why a sandbox did not start, or has ended, in words that the client may read.
+type TextError struct {
 	Text string // one line: what happened and what to do
 	Err  error  // all there is to know, for the gate's own log
 }
 
-func (e *StartError) Error() string { return e.Text + ": " + e.Err.Error() }
+func (e *TextError) Error() string { return e.Text + ": " + e.Err.Error() }
 
-func (e *StartError) Unwrap() error { return e.Err }
+func (e *TextError) Unwrap() error { return e.Err }
 
 // Spec is a sandbox to be started. Template is what the sandbox is, equal for all logins of a profile; Owner is whose
 // it is.

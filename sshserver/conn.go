@@ -38,7 +38,7 @@ const (
 	tellTime     = time.Second      // for the last words on the terminals
 	closeTimeout = 30 * time.Second // for a sandbox's removal
 	finishTime   = 15 * time.Second // for the connection's goroutines
-	failedGrace  = 2 * time.Second  // for channels to report a failed start
+	failedGrace  = 2 * time.Second  // for channels to report a failed start, or a sandbox's end
 )
 
 // conn is one connection. Its life:
@@ -279,11 +279,14 @@ func (c *conn) watch() {
 			}
 			sandboxGone = c.sandbox.Done()
 		case <-sandboxGone:
-			err := c.sandbox.Err()
-			if err == nil {
-				err = backends.ErrGone
+			// Programs notice too, and tell their client before they end the connection.
+			timer := time.NewTimer(failedGrace)
+			defer timer.Stop()
+			select {
+			case <-timer.C:
+				c.end(goneCause(c.sandbox, backends.ErrGone))
+			case <-c.ctx.Done():
 			}
-			c.end(&cause{word: "sandbox-gone", text: "the sandbox has ended", detail: err})
 			return
 		}
 	}

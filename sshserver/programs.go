@@ -17,8 +17,8 @@ func (c *conn) report(r *backends.Report) error {
 	return c.record(r.Channel, body)
 }
 
-// goneWait bounds the wait for the reason of a sandbox's end. The engine may need a moment for it.
-const goneWait = 2 * time.Second
+// goneWait bounds the wait for the reason of a sandbox's end. The engine may need a moment for it, a cluster some seconds.
+const goneWait = 5 * time.Second
 
 // whyGone gives the sandbox's own reason for its end, which a program under which it ended with err does not know.
 func whyGone(sb backends.Sandbox, err error) error {

@@ -349,10 +349,11 @@ func (s *session) run(p backends.Process) {
 	case err == nil:
 		s.exit(auditlog.Exit{Code: uint32(status.Code), Signal: status.Signal, Core: status.CoreDumped})
 	case errors.Is(err, backends.ErrGone):
-		s.fail(&UserError{Text: "the sandbox has ended", Err: err})
+		why := goneCause(sb, err)
+		s.fail(&UserError{Text: why.text, Err: why.detail})
 		// Said here too, not only by watch: the client leaves at once, and that is not the cause.
-		s.c.end(&cause{word: "sandbox-gone", detail: whyGone(sb, err)})
-		s.exit(failed(err))
+		s.c.end(&cause{word: why.word, detail: why.detail})
+		s.exit(failed(why.detail))
 	case errors.Is(err, backends.ErrNoShell):
 		s.fail(&UserError{Text: "the image has no shell: give a command, as in ssh HOST 'program arguments'", Err: err})
 		s.exit(failed(err))
@@ -377,9 +378,19 @@ func (c *conn) ready(ctx context.Context) (backends.Sandbox, error) {
 	}
 }
 
+// goneCause is the end of a connection whose sandbox has ended; err is what is known if that says nothing.
+func goneCause(sb backends.Sandbox, err error) *cause {
+	c := &cause{word: "sandbox-gone", text: "the sandbox has ended", detail: whyGone(sb, err)}
+	var known *backends.TextError
+	if errors.As(c.detail, &known) {
+		c.text = known.Text
+	}
+	return c
+}
+
 func startFailure(err error) string {
 	var refused *backends.RefusedError
-	var known *backends.StartError
+	var known *backends.TextError
 	switch {
 	case errors.As(err, &known):
 		return known.Text

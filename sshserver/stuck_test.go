@@ -35,11 +35,11 @@ func (s *stuck) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox
 type failing struct{ backends.Backend }
 
 func (failing) Start(context.Context, backends.Spec) (backends.Sandbox, error) {
-	return nil, fmt.Errorf("far: %w", &backends.StartError{Text: "no room: try again", Err: errors.New("node 10.0.0.1 is full")})
+	return nil, fmt.Errorf("far: %w", &backends.TextError{Text: "no room: try again", Err: errors.New("node 10.0.0.1 is full")})
 }
 
 // The client reads what a backend has to say to it, and no more.
-func TestStartError(t *testing.T) {
+func TestTextError(t *testing.T) {
 	g := newGate(t, nil)
 	g.server.Backend = failing{g.backend}
 	s, err := g.dial("alice").NewSession()

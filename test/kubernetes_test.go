@@ -121,7 +121,7 @@ kubernetes:
 }
 
 // writeHelpers writes what scripts do to sandboxes from outside, for either backend: `inside SANDBOX COMMAND...`,
-// `kill-sandbox SANDBOX` and, in a script's directory, `own-sandbox`.
+// `kill-sandbox SANDBOX` and `evict-sandbox SANDBOX`, the last on Kubernetes alone, and in a script's directory, `own-sandbox`.
 func writeHelpers(dir string) error {
 	scripts := map[string]string{
 		"inside":       `exec docker exec "$@"`,
@@ -133,6 +133,8 @@ func writeHelpers(dir string) error {
 		scripts = map[string]string{
 			"inside":       kubectl + `s=$1; shift; kubectl exec -n "${s%/*}" "${s#*/}" -c sandbox -- "$@"`,
 			"kill-sandbox": kubectl + `kubectl delete pod -n "${1%/*}" "${1#*/}" --grace-period=0 --force`,
+			"evict-sandbox": kubectl + `printf '{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"namespace":"%s","name":"%s"}}' "${1%/*}" "${1#*/}" |` + "\n" +
+				`kubectl create --raw "/api/v1/namespaces/${1%/*}/pods/${1#*/}/eviction" -f -`,
 			"own-sandbox": kubectl + `ns=$(sed -n 's/^  namespace: //p' gate.yaml)` + "\n" +
 				`kubectl get pods -n "$ns" -o name | sed "s,^pod/,$ns/,"`,
 		}

@@ -243,13 +243,11 @@ func TestFull(t *testing.T) {
 }
 
 func TestHostileImage(t *testing.T) {
-	for _, transport := range []string{transportSocket, transportRelay} {
-		t.Run(transport, func(t *testing.T) { hostileImages(t, transport) })
+	// Where the agent's directory is a volume, read-only, the engine has no place in it for a volume of the image's.
+	if _, err := newBackend(t, byRelay).Start(context.Background(), newSpec(hostileImage)); err == nil || !strings.Contains(err.Error(), insideDir) {
+		t.Errorf("a volume of the image's among the agent's: %v", err)
 	}
-}
-
-func hostileImages(t *testing.T, transport string) {
-	s := startSandbox(t, newBackend(t, func(c *Config) { c.Transport = transport }), newSpec(hostileImage))
+	s := startSandbox(t, newBackend(t, nil), newSpec(hostileImage))
 	time.Sleep(1500 * time.Millisecond) // for the health check that must not run
 	for _, test := range []struct{ line, want string }{
 		{"id -u", "1000"},

@@ -249,7 +249,7 @@ func TestFaults(t *testing.T) {
 	fails := func(t *testing.T, limit time.Duration, text string) {
 		t.Helper()
 		_, err := start(limit)
-		var known *backends.StartError
+		var known *backends.TextError
 		if !errors.As(err, &known) || !strings.Contains(known.Text, text) {
 			t.Errorf("%v, want %q for the user", err, text)
 		}

@@ -155,7 +155,7 @@ func TestFailures(t *testing.T) {
 			began := time.Now()
 			_, err := b.Start(ctx, spec)
 			took := time.Since(began)
-			var known *backends.StartError
+			var known *backends.TextError
 			if !errors.As(err, &known) || !strings.Contains(known.Text, test.text) || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%v: want %q for the user, %q in the whole", err, test.text, test.want)
 			}
@@ -185,7 +185,7 @@ func TestSlots(t *testing.T) {
 	first := startSandbox(t, one, spec())
 	second := startSandbox(t, other, spec())
 	for _, b := range []*Backend{one, other} {
-		var known *backends.StartError
+		var known *backends.TextError
 		if _, err := b.Start(context.Background(), spec()); !errors.As(err, &known) || !strings.Contains(known.Text, "2 sandboxes already") {
 			t.Errorf("a third: %v", err)
 		}

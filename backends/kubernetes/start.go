@@ -32,7 +32,7 @@ type sandbox struct {
 	info    backends.Info
 	client  *agent.Client
 
-	death chan *backends.StartError // why the pod failed or ended, once, as the cluster tells it
+	death chan *backends.TextError // why the pod failed or ended, once, as the cluster tells it
 	done  chan struct{}
 	err   error // set before done is closed
 
@@ -63,7 +63,7 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 	}
 	s := &sandbox{
 		backend: b, session: spec.Owner.Session,
-		death: make(chan *backends.StartError, 1), done: make(chan struct{}), ended: make(chan struct{}),
+		death: make(chan *backends.TextError, 1), done: make(chan struct{}), ended: make(chan struct{}),
 	}
 	b.mu.Lock()
 	_, twice := b.live[s.session]
@@ -120,7 +120,7 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 func failed(what string, err error) error {
 	err = fmt.Errorf("%s: %w", what, err)
 	if text := refusal(err); text != "" {
-		return &backends.StartError{Text: text, Err: err}
+		return &backends.TextError{Text: text, Err: err}
 	}
 	return err
 }
@@ -174,7 +174,7 @@ func (s *sandbox) create(ctx context.Context, spec backends.Spec, key string) (*
 			}
 		}
 	}
-	return nil, &backends.StartError{
+	return nil, &backends.TextError{
 		Text: fmt.Sprintf("you have %d sandboxes already: end one of them first", b.config.MaxPerUser),
 		Err:  errors.New("all of the user's pod names are taken (max_per_user)"),
 	}
@@ -261,7 +261,7 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 			s.backend.cluster.spdy.found.Store(spdy)
 			return nil
 		}
-		var dead *backends.StartError
+		var dead *backends.TextError
 		if errors.As(context.Cause(ctx), &dead) {
 			return dead
 		}
@@ -282,9 +282,9 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 		case apierrors.IsUnauthorized(status) && unauthorized == 0:
 			unauthorized++
 		case apierrors.IsForbidden(status), apierrors.IsUnauthorized(status):
-			return &backends.StartError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
+			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
 		case apierrors.IsNotFound(status) && status.Status().Details != nil && status.Status().Details.Kind == "pods":
-			return &backends.StartError{Text: "the sandbox was removed while it started: try again", Err: err}
+			return &backends.TextError{Text: "the sandbox was removed while it started: try again", Err: err}
 		case apierrors.IsTooManyRequests(status), status.Status().Code == http.StatusServiceUnavailable:
 			wait = max(wait, time.Second)
 		}
@@ -377,7 +377,7 @@ const deathWait = 3 * time.Second
 // watch finds out why the sandbox ended.
 func (s *sandbox) watch() {
 	defer close(s.done)
-	var why *backends.StartError
+	var why *backends.TextError
 	select {
 	case <-s.ended:
 		return

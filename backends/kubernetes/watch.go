@@ -144,10 +144,10 @@ func (b *Backend) saw(pod *corev1.Pod, deleted bool) *sandbox {
 
 // dies says that the pod has ended or is about to.
 func (s *sandbox) dies(short, whole string) {
-	s.fails(&backends.StartError{Text: "the sandbox " + short, Err: errors.New(whole)})
+	s.fails(&backends.TextError{Text: "the sandbox " + short, Err: errors.New(whole)})
 }
 
-func (s *sandbox) fails(why *backends.StartError) {
+func (s *sandbox) fails(why *backends.TextError) {
 	select {
 	case s.death <- why:
 	default: // the first word counts
@@ -225,14 +225,14 @@ func (s *sandbox) unscheduled() error {
 	if s.unschedulable == "" || time.Since(s.since) < s.backend.config.ScheduleWait {
 		return nil
 	}
-	return &backends.StartError{
+	return &backends.TextError{
 		Text: "the cluster has no room for the sandbox: try again later, or tell an operator",
 		Err:  fmt.Errorf("unschedulable: %s", s.unschedulable),
 	}
 }
 
 // trouble says why a pod will not come up, or nil while it may.
-func trouble(pod *corev1.Pod) *backends.StartError {
+func trouble(pod *corev1.Pod) *backends.TextError {
 	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
 		w := c.State.Waiting
 		if w == nil {
@@ -247,7 +247,7 @@ func trouble(pod *corev1.Pod) *backends.StartError {
 		default:
 			continue
 		}
-		return &backends.StartError{Text: text, Err: fmt.Errorf("container %s, image %s: %s: %s", c.Name, c.Image, w.Reason, w.Message)}
+		return &backends.TextError{Text: text, Err: fmt.Errorf("container %s, image %s: %s: %s", c.Name, c.Image, w.Reason, w.Message)}
 	}
 	return nil
 }
@@ -274,7 +274,7 @@ func (s *sandbox) lookAtEvents(ctx context.Context) error {
 	if text == "" {
 		return nil
 	}
-	return &backends.StartError{Text: text, Err: errors.New(strings.Join(whole, "; "))}
+	return &backends.TextError{Text: text, Err: errors.New(strings.Join(whole, "; "))}
 }
 
 // troubleOf says what an event means for a pod that is to come up; empty: nothing that would not pass.
