@@ -144,9 +144,9 @@ const (
 	ordinarySlack = 50_000
 )
 
-// takeSlack has the timers of this process be less exact. While notifications come, the runtime's monitor wakes up every 20 µs
-// and takes processors from threads that wait for the next one: that took a fifth of what the audit costs. Its thread is there
-// already, and nobody else may change it, so the process executes itself once more.
+// takeSlack has the timers of this process be less exact: while notifications come, the runtime's monitor wakes up every 20 µs
+// and takes processors from threads that wait for the next one. Its thread is there already, and nobody else may change it, so
+// the process executes itself once more. An agent that may not do so is slower, and otherwise the same.
 func takeSlack() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
