@@ -169,13 +169,15 @@ type Backend struct {
 	prefixes []string // BindPrefixes after symlinks
 	guarded  []string // what no bind may touch, after symlinks
 
-	filling sync.Mutex // one fills the volume at a time; guards filled
-	filled  string     // when the volume was created that is known to hold the agent
+	helperAge time.Duration // less in a test
+
+	filling sync.Mutex // one fills the agent's volume at a time
 
 	images imageCache
 
-	mu   sync.Mutex          // guards live
-	live map[string]*sandbox // by session: from before anything of it exists until all of it is gone
+	mu     sync.Mutex          // guards filled and live
+	filled string              // the word of the volume that is known to hold the agent
+	live   map[string]*sandbox // by session: from before anything of it exists until all of it is gone
 }
 
 var _ backends.Backend = (*Backend)(nil)
@@ -199,7 +201,7 @@ func New(ctx context.Context, config Config, gate string, log *slog.Logger) (*Ba
 	if err != nil {
 		return nil, fmt.Errorf("docker: %w", err)
 	}
-	b := &Backend{config: config, gate: gate, log: log, engine: engine, live: make(map[string]*sandbox)}
+	b := &Backend{config: config, gate: gate, log: log, engine: engine, live: make(map[string]*sandbox), helperAge: helperAge}
 	if err := b.prepare(ctx); err != nil {
 		engine.Close()
 		return nil, fmt.Errorf("docker: %w", err)
@@ -235,7 +237,9 @@ func (b *Backend) prepare(ctx context.Context) error {
 		return err
 	}
 	if b.relay {
-		err = b.keepVolume(ctx)
+		if err = b.replaceVolume(ctx); err == nil {
+			_, err = b.fillVolume(ctx)
+		}
 	} else {
 		b.agent, err = installAgent(b.file, filepath.Join(b.config.StateDir, agentDir))
 	}

@@ -71,6 +71,9 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 	}
 	if err := s.start(ctx, spec); err != nil {
 		err = fmt.Errorf("docker: %w", err)
+		if ctx.Err() == nil {
+			b.forgetVolume()
+		}
 		if rerr := s.remove(ctx); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
@@ -105,10 +108,8 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	var at places
 	var listener *net.UnixListener
 	if b.relay {
-		if err := b.keepVolume(ctx); err != nil {
-			return err
-		}
-		at.volume = b.file.volume()
+		m := b.file.mount()
+		at.volume = &m
 		if t.Scratch != "" {
 			at.scratch = namePrefix + s.session
 			if err := b.makeScratchVolume(ctx, s.session, t.UID, t.GID); err != nil {
@@ -130,23 +131,20 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	r := build(spec, b.gate, base64.StdEncoding.EncodeToString(public), img, at)
 	s.info = backends.Info{Backend: "docker", Image: t.Image, Digest: digest(t.Image, img), Node: b.node, Spec: r}
 
-	// Creation and start are carried through once begun: a request given up half-way leaves nobody knows what.
-	engineCtx, stop := detached(ctx)
-	defer stop()
-	created, err := b.engine.ContainerCreate(engineCtx, &r.Config, &r.Host, nil, nil, r.Name)
+	err = s.run(ctx, r)
+	if err != nil && b.relay && s.id != "" && ctx.Err() == nil {
+		// Whoever can empty the agent's volume behind the gate's back can do much worse, and may have done this by mistake.
+		if wrote, rerr := b.refillVolume(ctx); rerr != nil {
+			err = errors.Join(err, rerr)
+		} else if wrote {
+			b.log.WarnContext(ctx, "the agent was missing from its volume", "session", s.session, "err", err)
+			if err = b.removeContainer(ctx, s.id); err == nil {
+				err = s.run(ctx, r)
+			}
+		}
+	}
 	if err != nil {
-		b.images.drop(t.Image)
-		return fmt.Errorf("create container: %w", err)
-	}
-	s.id = created.ID
-	for _, w := range created.Warnings {
-		b.log.WarnContext(ctx, "engine", "session", s.session, "warning", w)
-	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	if err := b.engine.ContainerStart(engineCtx, s.id, container.StartOptions{}); err != nil {
-		return fmt.Errorf("start container: %w", err)
+		return err
 	}
 	call := func(ctx context.Context) (net.Conn, error) { return s.answer(ctx, listener) }
 	if b.relay {
@@ -155,6 +153,35 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	return s.reach(ctx, call, private, agent.Hello{
 		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: t.ExecAudit, Reports: spec.Reports,
 	})
+}
+
+// run creates the container and starts it. Both are carried through once begun: a request given up half-way leaves nobody
+// knows what.
+func (s *sandbox) run(ctx context.Context, r request) error {
+	b := s.backend
+	engineCtx, stop := detached(ctx)
+	defer stop()
+	created, err := b.engine.ContainerCreate(engineCtx, &r.Config, &r.Host, nil, nil, r.Name)
+	if err != nil {
+		b.images.drop(s.info.Image)
+		return fmt.Errorf("create container: %w", err)
+	}
+	s.id = created.ID
+	for _, w := range created.Warnings {
+		b.log.WarnContext(ctx, "engine", "session", s.session, "warning", w)
+	}
+	if b.relay {
+		if err := b.keepVolume(ctx); err != nil {
+			return err
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := b.engine.ContainerStart(engineCtx, s.id, container.StartOptions{}); err != nil {
+		return fmt.Errorf("start container: %w", err)
+	}
+	return nil
 }
 
 // reach gets the stream to the agent by call and proves the gate to it.
