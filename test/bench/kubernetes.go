@@ -197,13 +197,16 @@ func (k *cluster) podShape(ctx context.Context) (*corev1.Pod, error) {
 
 // clusterProfiles are the users of the cluster's gates, by what their profiles differ in.
 func (b *bench) clusterProfiles() map[string]func(map[string]any) {
-	small := func(p map[string]any) {
-		p["memory"], p["home_size"], p["tmp_size"], p["mounts"] = "64Mi", "8Mi", "8Mi", nil
-	}
 	return map[string]func(map[string]any){
-		"small":   small,
-		"carried": func(p map[string]any) { p["image"], p["mounts"] = b.carried, nil },
-		"plain":   func(p map[string]any) { p["mounts"] = nil },
+		"plain": func(p map[string]any) { delete(p, "mounts") },
+		"carried": func(p map[string]any) {
+			delete(p, "mounts")
+			p["image"] = b.carried
+		},
+		"small": func(p map[string]any) {
+			delete(p, "mounts")
+			p["memory"], p["home_size"], p["tmp_size"] = "64Mi", "8Mi", "8Mi"
+		},
 	}
 }
 
