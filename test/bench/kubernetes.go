@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -157,7 +158,7 @@ func (k *cluster) delete(ctx context.Context, pod string) error {
 
 // command is kubectl in the run's namespace.
 func (k *cluster) command(ctx context.Context, args ...string) (*exec.Cmd, context.CancelFunc) {
-	cmd, cancel := command(ctx, k.kubectl[0], append(append([]string{}, k.kubectl[1:]...), append(args, "--namespace="+k.namespace)...)...)
+	cmd, cancel := command(ctx, k.kubectl[0], slices.Concat(k.kubectl[1:], []string{"--namespace=" + k.namespace}, args)...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+k.kubeconfig)
 	return cmd, cancel
 }
