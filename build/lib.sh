@@ -307,13 +307,12 @@ cluster_up() {
 	cluster_ours=yes
 	local log
 	log=$(mktemp)
-	if ! run "$cluster" up >"$log" 2>&1; then
+	if ! run env SALLYPORT_CLUSTER_OWNER="$1" "$cluster" up >"$log" 2>&1; then
 		cat "$log" >&2
 		rm -f "$log"
 		die "the cluster does not start"
 	fi
 	rm -f "$log"
-	echo "$1" >"$cluster_state/owner"
 }
 
 # cluster_image IMAGE: copies an image from the Docker engine to a cluster of this machine.
