@@ -40,7 +40,9 @@ type Log struct {
 	zstd  *zstd.Encoder
 	lock  *os.File
 	used  atomic.Int64 // bytes in the spool
-	now   func() time.Time
+	disk  disk
+	now   func() time.Time // for intervals: its readings are of the monotonic clock
+	wall  func() time.Time // for what is written down
 
 	uploads  *uploader
 	flushers sync.WaitGroup
@@ -59,6 +61,10 @@ type Log struct {
 // gate left there unsealed is sealed, flagged as interrupted and signed with key; what it did not bring to the store is
 // brought there now. ctx bounds opening alone. Unset values of cfg get their defaults.
 func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
+	return openOn(ctx, osDisk{}, cfg, key, store, gate, log)
+}
+
+func openOn(ctx context.Context, d disk, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
 	cfg = cfg.WithDefaults()
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
@@ -69,7 +75,7 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 	if len(key) != ed25519.PrivateKeySize {
 		return nil, errors.New("open log: no key")
 	}
-	if err := os.MkdirAll(cfg.Spool, 0o700); err != nil {
+	if err := makeSpool(d, cfg.Spool); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	lock, err := lockDir(filepath.Join(cfg.Spool, "lock"))
@@ -80,7 +86,7 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
-	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, now: time.Now,
+	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
 		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
 	l.uploads = newUploader(l)
 	if err := l.recover(ctx); err != nil {
@@ -97,7 +103,7 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 func (l *Log) New(id string) *Recorder { return l.newRecorder(SessionLog, id) }
 
 func (l *Log) newRecorder(kind LogKind, id string) *Recorder {
-	r := &Recorder{log: l, kind: kind, id: id, start: l.now(), lost: make(chan struct{}), done: make(chan struct{}),
+	r := &Recorder{log: l, kind: kind, id: id, start: l.wall(), lost: make(chan struct{}), done: make(chan struct{}),
 		wake: make(chan struct{}, 1)}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -159,12 +165,13 @@ func (l *Log) Ready() error {
 
 // probe writes and syncs a file in the spool.
 func (l *Log) probe() error {
-	f, err := os.CreateTemp(l.cfg.Spool, "probe-*"+probeSuffix)
+	name := filepath.Join(l.cfg.Spool, "probe-"+rand.Text()+probeSuffix)
+	f, err := l.disk.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(make([]byte, fileOverhead))
-	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
+	return errors.Join(err, f.Sync(), f.Close(), l.disk.Remove(name))
 }
 
 const probeSuffix = ".probe"
@@ -193,7 +200,7 @@ func (l *Log) Stats() Stats {
 func (l *Log) seal(w *segmentWriter) error {
 	err := w.rename()
 	if err == nil {
-		err = syncDir(l.cfg.Spool)
+		err = l.disk.SyncDir(l.cfg.Spool)
 	}
 	if err != nil {
 		l.spoolFailed(err)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
 )
@@ -96,7 +95,7 @@ func (r *Recorder) Begin() error {
 	if err := r.begin(); err != nil {
 		if r.w != nil { // nothing in it was promised to anybody
 			r.w.f.Close()
-			os.Remove(r.w.f.Name())
+			r.log.disk.Remove(r.w.f.Name())
 			r.log.used.Add(-r.w.size - fileOverhead)
 		}
 		r.broken = true
@@ -111,7 +110,7 @@ func (r *Recorder) begin() error {
 	if err := l.room(0); err != nil {
 		return err
 	}
-	w, err := createSegment(l.cfg.Spool, Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
+	w, err := createSegment(l.disk, l.cfg.Spool, Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
 	if err != nil {
 		l.spoolFailed(err)
 		return err
@@ -127,7 +126,7 @@ func (r *Recorder) begin() error {
 		return fmt.Errorf("sync segment: %w", err)
 	}
 	r.unsynced, r.unsyncedT = 0, time.Time{}
-	if err := syncDir(l.cfg.Spool); err != nil {
+	if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
 		l.spoolFailed(err)
 		return err
 	}
@@ -163,7 +162,7 @@ func (r *Recorder) Record(channel uint32, body Body) error {
 func (r *Recorder) add(channel uint32, kind Kind, body []byte) {
 	now := r.log.now()
 	before := r.grow(maxHead + len(body))
-	r.tail.b = append(appendHead(r.tail.b, r.next, now, channel, kind), body...)
+	r.tail.b = append(appendHead(r.tail.b, r.next, r.log.wall(), channel, kind), body...)
 	r.added(len(r.tail.b)-before, now)
 }
 
@@ -192,7 +191,7 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	}
 	now := r.log.now()
 	before := r.grow(overhead + len(p))
-	b := appendHead(r.tail.b, r.next, now, channel, KindData)
+	b := appendHead(r.tail.b, r.next, r.log.wall(), channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)
 	r.added(len(r.tail.b)-before, now)
 	return nil
@@ -659,7 +658,7 @@ func (r *Recorder) allSynced() {
 // store: so a log that is not sealed always has a file in the spool, by which a restart finds it.
 func (r *Recorder) cutSegment() error {
 	l, old := r.log, r.w
-	now := l.now()
+	now := l.wall()
 	if old.header.Number == maxNumber {
 		return errors.New("cut segment: too many segments")
 	}
@@ -669,7 +668,7 @@ func (r *Recorder) cutSegment() error {
 		l.spoolFailed(err)
 		return err
 	}
-	next, err := createSegment(l.cfg.Spool, old.following(whole, now))
+	next, err := createSegment(l.disk, l.cfg.Spool, old.following(whole, now))
 	if err == nil {
 		err = next.sync(next.size)
 	}
@@ -690,7 +689,7 @@ func (r *Recorder) cutSegment() error {
 // finish seals the log.
 func (r *Recorder) finish() {
 	before := r.w.size
-	_, err := r.w.finish(r.log.key, r.log.now(), true, false)
+	_, err := r.w.finish(r.log.key, r.log.wall(), true, false)
 	r.log.used.Add(r.w.size - before)
 	if err != nil {
 		r.log.spoolFailed(err)

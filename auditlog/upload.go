@@ -201,7 +201,7 @@ func (u *uploader) put(id string, s upload) error {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
 	// Not synced: a file that comes back after a crash is put again, which is no error.
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := u.l.disk.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
 	u.l.used.Add(-s.size - fileOverhead)
