@@ -155,7 +155,24 @@ func (r *Recorder) Record(channel uint32, body Body) error {
 		return err
 	}
 	r.add(channel, body.Kind(), b)
-	return nil
+	return r.settle()
+}
+
+// settle waits, where records are durable before what they describe happens, until all so far are. The lock is held, and
+// released while it waits.
+func (r *Recorder) settle() error {
+	// Nothing is passed in the gate's own log, nor before a key was proven: Begin makes durable what came then.
+	if r.log.cfg.Sync != syncBeforePass || r.kind != SessionLog || !r.begun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), stallLimit, ErrStalled)
+	defer cancel()
+	err := r.awaitDurable(ctx)
+	if errors.Is(err, ErrStalled) {
+		r.lose(err)
+		return r.err
+	}
+	return err
 }
 
 // add appends a record whose body is encoded. The lock is held and the record admitted.
@@ -176,10 +193,16 @@ func (r *Recorder) data(channel uint32, s Stream, p []byte, hidden, eof bool) er
 			return err
 		}
 		if len(rest) == 0 {
-			return nil
+			break
 		}
 		p = rest
 	}
+	if r.log.cfg.Sync != syncBeforePass {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.settle()
 }
 
 func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool) error {
@@ -343,6 +366,11 @@ func (r *Recorder) Sync(ctx context.Context) error {
 	if !r.begun {
 		return errors.New("sync log: not begun")
 	}
+	return r.awaitDurable(ctx)
+}
+
+// awaitDurable waits until all that was recorded is durable. The lock is held, and released while it waits.
+func (r *Recorder) awaitDurable(ctx context.Context) error {
 	want := r.next
 	for r.durable < want {
 		if r.err != nil {
@@ -509,7 +537,8 @@ func (r *Recorder) flush() {
 			continue
 		}
 		if r.tail.count == 0 {
-			r.urgent, r.cut = false, false
+			r.cut = false
+			r.urgent = r.urgent && r.unsynced > 0 // somebody began to wait just now
 			if r.closing {
 				r.mu.Unlock()
 				if err := r.awaitSync(); err != nil {
