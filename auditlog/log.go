@@ -197,7 +197,7 @@ func (l *Log) Stats() Stats {
 }
 
 // seal renames a finished segment and hands it to the uploader once its name is durable.
-func (l *Log) seal(w *segmentWriter) error {
+func (l *Log) seal(w *segmentWriter, last bool) error {
 	err := w.rename()
 	if err == nil {
 		err = l.disk.SyncDir(l.cfg.Spool)
@@ -206,7 +206,7 @@ func (l *Log) seal(w *segmentWriter) error {
 		l.spoolFailed(err)
 		return err
 	}
-	l.uploads.add(w.header.ID, upload{number: w.header.Number, name: w.header.Name().String(), size: w.size})
+	l.uploads.add(w.header.ID, upload{number: w.header.Number, name: w.header.Name().String(), size: w.size, last: last})
 	return nil
 }
 

@@ -708,7 +708,7 @@ func (r *Recorder) cutSegment() error {
 	l.used.Add(old.size - before + next.size + fileOverhead)
 	r.w = next
 	r.dirty = time.Time{}
-	if err := l.seal(old); err != nil {
+	if err := l.seal(old, false); err != nil {
 		return err
 	}
 	r.allSynced()
@@ -725,7 +725,7 @@ func (r *Recorder) finish() {
 		r.fail(err)
 		return
 	}
-	if err := r.log.seal(r.w); err != nil {
+	if err := r.log.seal(r.w, true); err != nil {
 		r.fail(err)
 		return
 	}

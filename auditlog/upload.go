@@ -28,6 +28,7 @@ type upload struct {
 	number uint32
 	name   string
 	size   int64
+	last   bool      // no segment of its log follows
 	since  time.Time // it waits
 }
 
@@ -218,7 +219,13 @@ func (u *uploader) put(id string, s upload) error {
 	if err := u.l.store.Put(ctx, s.name, f, s.size); err != nil {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
-	// Not synced: a file that comes back after a crash is put again, which is no error.
+	// Not synced: a file that comes back after a crash is put again, which is no error. But were its log's last segment gone then,
+	// the restart would take the one that came back for the last, and end a log anew that has ended. So the last goes last.
+	if s.last {
+		if err := u.l.disk.SyncDir(u.l.cfg.Spool); err != nil {
+			return fmt.Errorf("upload %s: %w", s.name, err)
+		}
+	}
 	if err := u.l.disk.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
@@ -301,7 +308,7 @@ func (u *uploader) rescan() {
 		return
 	}
 	u.overflow, u.err = false, nil
-	for _, f := range files {
+	for i, f := range files {
 		if f.suffix != sealedSuffix {
 			continue
 		}
@@ -317,6 +324,7 @@ func (u *uploader) rescan() {
 			u.l.log.Error("audit log: spool", "error", err)
 			continue
 		}
+		s.last = i == len(files)-1 || files[i+1].id != f.id // as far as can be seen
 		u.addLocked(f.id, s)
 	}
 	for range uploadWorkers {
