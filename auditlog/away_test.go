@@ -80,16 +80,17 @@ func TestStoreSlow(t *testing.T) {
 // While the store refuses all, one segment at a time is tried, however many wait; the first that it takes lets all others go.
 func TestStoreAwayTriedByOne(t *testing.T) {
 	inner, dir := newStore(t)
-	store := &countingStore{Store: inner, broken: true}
+	store := &countingStore{Store: inner, broken: true, hold: make(chan struct{})}
 	l := openGate(t, fastConfig(t.TempDir()), store)
 	endSessions(t, l, "s", 100)
-	// Those that were under way when it went away come back; after them, one at a time.
-	waitFor(t, func() bool { now, _, calls := store.get(); return calls > 24 && now == 0 })
+	waitFor(t, func() bool { now, _, _ := store.get(); return now == 16 })
+	close(store.hold)
+	waitFor(t, func() bool { return l.Stats().Failed >= 16 }) // all that were under way: from here on, one at a time
 	store.mu.Lock()
 	store.most = 0
 	before := store.calls
 	store.mu.Unlock()
-	waitFor(t, func() bool { _, _, calls := store.get(); return calls >= before+4 })
+	waitFor(t, func() bool { _, _, calls := store.get(); return calls >= before+3 })
 	if _, most, _ := store.get(); most != 1 {
 		t.Errorf("%d tries at once of a store that is away", most)
 	}
