@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -148,5 +151,149 @@ func TestClockJump(t *testing.T) {
 	}
 	if !back || rep.Segments < len(jumps) {
 		t.Errorf("%d segments, times go back: %v", rep.Segments, back)
+	}
+}
+
+// However many sessions bring however much at once, the spool stays within its limit, but for how each of them ends.
+func TestSpoolLimitMany(t *testing.T) {
+	inner, dir := newStore(t)
+	store := &brokenStore{Store: inner}
+	store.broken.Store(true)
+	cfg := fastConfig(t.TempDir())
+	cfg.SpoolLimit, cfg.Codec, cfg.SegmentAge = 4<<20, "none", time.Hour
+	l := openGate(t, cfg, store)
+	const sessions, record = 30, 32 << 10
+	var wg sync.WaitGroup
+	for i := range sessions {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			r := l.New(fmt.Sprintf("s%d", i))
+			err := r.Begin()
+			began := err == nil
+			for n := 0; err == nil; n++ {
+				err = r.Record(1, numbered(n, record))
+			}
+			if !errors.Is(err, auditlog.ErrSpoolLimit) {
+				t.Error(err)
+			}
+			if err := r.Close(&auditlog.End{Cause: "audit-lost"}); began && !errors.Is(err, auditlog.ErrSpoolLimit) {
+				t.Errorf("close: %v", err)
+			}
+		}()
+	}
+	wg.Wait()
+	if s := l.Stats(); s.SpoolBytes < cfg.SpoolLimit-300<<10 || s.SpoolBytes > cfg.SpoolLimit+sessions*(4<<10) {
+		t.Errorf("%d bytes in the spool, of %d", s.SpoolBytes, cfg.SpoolLimit)
+	}
+	store.broken.Store(false)
+	waitFor(t, func() bool { return l.Ready() == nil })
+	closeLog(t, l)
+	src := source(t, dir)
+	for _, s := range logs(t, src, auditlog.SessionPrefix) {
+		recs, rep := readAll(t, src, s)
+		if end, ok := recs[len(recs)-1].Body.(*auditlog.End); rep.State != auditlog.Sealed || !ok || end.Cause != "audit-lost" {
+			t.Errorf("%s: %s, %v", rep.ID, rep.State, rep.Problems)
+		}
+	}
+	if s := l.Stats(); s.SpoolBytes != 0 {
+		t.Errorf("%d bytes in the spool, by its own account", s.SpoolBytes)
+	}
+}
+
+// twoGates are two gates with one store, and what they wrote.
+func twoGates(t *testing.T, stores [2]auditlog.Store, names [2]string) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for i, store := range stores {
+		cfg := fastConfig(t.TempDir())
+		l, err := auditlog.Open(t.Context(), cfg, testKey, store, names[i], slog.New(slog.DiscardHandler))
+		must(t, err)
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			defer closeLog(t, l)
+			for n := range 20 {
+				r := l.New(fmt.Sprintf("gate%d-%d", i, n))
+				if err := errors.Join(r.Record(0, &auditlog.Connect{Source: "192.0.2.7:1"}), r.Begin(), r.Record(1, numbered(n, 5000)),
+					r.Close(&auditlog.End{Cause: "client-left"})); err != nil {
+					t.Error(err)
+				}
+				l.Refused(auditlog.Refused{Source: fmt.Sprintf("192.0.2.%d", i), Count: 1, Reason: "a test"})
+			}
+		}()
+	}
+	wg.Wait()
+}
+
+// Two gates with one store do not mix: each log is whole and says whose it is, also their own logs, and also if somebody gave
+// both the same name.
+func TestTwoGates(t *testing.T) {
+	for _, names := range [][2]string{{"gate-0", "gate-1"}, {"gate-0", "gate-0"}} {
+		store, dir := newStore(t)
+		twoGates(t, [2]auditlog.Store{store, store}, names)
+		src := source(t, dir)
+		sessions, own := 0, map[string]uint64{}
+		for _, s := range logs(t, src, "") {
+			recs, rep := readAll(t, src, s)
+			if rep.State != auditlog.Sealed {
+				t.Errorf("%s: %s: %v", rep.ID, rep.State, rep.Problems)
+			}
+			if rep.Kind == "session" {
+				sessions++
+				if want := names[rep.ID[len("gate")]-'0']; rep.Gate != want {
+					t.Errorf("%s: of gate %s, want %s", rep.ID, rep.Gate, want)
+				}
+				continue
+			}
+			for _, rec := range recs {
+				if f, ok := rec.Body.(*auditlog.Refused); ok {
+					own[rep.Gate+" "+f.Source] += f.Count
+				}
+			}
+		}
+		if sessions != 40 || own[names[0]+" 192.0.2.0"] != 20 || own[names[1]+" 192.0.2.1"] != 20 || len(own) != 2 {
+			t.Errorf("%v: %d sessions, own logs %v", names, sessions, own)
+		}
+	}
+}
+
+// A spool that was copied, with the machine or from a backup, and brought to the store by two gates: what both have is there once;
+// what the second would put in the place of another's is refused, stays in its spool, and shows.
+func TestSpoolTwice(t *testing.T) {
+	m, names := one(t, "none")
+	whole, first := map[string][]byte{}, map[string][]byte{}
+	for i, name := range names {
+		file := fmt.Sprintf("sample-2-none.%08d.seg", i)
+		whole[file] = m[name]
+		if i < len(names)-1 {
+			first[file] = m[name]
+		}
+	}
+	store, dir := newStore(t)
+	for range 2 {
+		cfg := fastConfig(t.TempDir())
+		writeSpool(t, cfg.Spool, whole)
+		closeLog(t, openGate(t, cfg, store))
+	}
+	src := source(t, dir)
+	all := logs(t, src, "")
+	if _, rep := readAll(t, src, all[0]); len(all) != 1 || rep.State != auditlog.Sealed || rep.Segments != len(names) {
+		t.Errorf("%d logs, %+v", len(all), rep)
+	}
+	cfg := fastConfig(t.TempDir())
+	writeSpool(t, cfg.Spool, first) // a copy of when the session was not over: its last segment would be another one
+	l := openGate(t, cfg, store)
+	waitFor(t, func() bool { return errors.Is(l.StoreErr(), auditlog.ErrExists) && l.Stats().Waiting == 1 })
+	endSessions(t, l, "next", 3) // do not wait behind it
+	waitFor(t, func() bool { return l.Stats().Waiting == 1 })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	must(t, l.Close(ctx))
+	if _, rep := readAll(t, src, logs(t, src, auditlog.SessionPrefix)[0]); rep.State != auditlog.Sealed {
+		t.Errorf("%+v", rep)
+	}
+	if _, err := os.Stat(filepath.Join(cfg.Spool, fmt.Sprintf("sample-2-none.%08d.seg", len(names)-1))); err != nil {
+		t.Errorf("what was refused is not kept: %v", err)
 	}
 }

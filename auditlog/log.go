@@ -30,6 +30,9 @@ var ErrExists = errors.New("exists with different content")
 // fileOverhead is what a file takes in the spool beside its bytes. Counted, so that the limit bounds the number of files.
 const fileOverhead = 4 << 10
 
+// lastRoom is how close to its limit a spool counts as full: the next record would fit into it, unless it is one of the largest.
+const lastRoom = 256 << 10
+
 // Log is a gate's audit log, the writing side.
 type Log struct {
 	cfg   Config
@@ -40,6 +43,7 @@ type Log struct {
 	zstd  *zstd.Encoder
 	lock  *os.File
 	used  atomic.Int64 // bytes in the spool
+	queue atomic.Int64 // bytes of records that are to be written there, before compression
 	disk  disk
 	now   func() time.Time // for intervals: its readings are of the monotonic clock
 	wall  func() time.Time // for what is written down
@@ -124,12 +128,16 @@ func (l *Log) forget(r *Recorder) {
 	delete(l.live, r)
 }
 
-// room says whether the spool may grow, by slack bytes over its limit.
-func (l *Log) room(slack int64) error {
-	if used := l.used.Load(); used >= l.cfg.SpoolLimit+slack {
-		return fmt.Errorf("%w: %d of %d bytes", ErrSpoolLimit, used, l.cfg.SpoolLimit)
+// room says whether the spool may grow.
+func (l *Log) room() error {
+	if l.used.Load() >= l.cfg.SpoolLimit-lastRoom {
+		return l.limitReached()
 	}
 	return nil
+}
+
+func (l *Log) limitReached() error {
+	return fmt.Errorf("%w: %d of %d bytes", ErrSpoolLimit, l.used.Load(), l.cfg.SpoolLimit)
 }
 
 // spoolFailed keeps an error of the spool for Ready.
@@ -148,7 +156,7 @@ func (l *Log) Ready() error {
 	if closed {
 		return ErrClosed
 	}
-	if err := l.room(0); err != nil {
+	if err := l.room(); err != nil {
 		return err
 	}
 	if failed == nil {

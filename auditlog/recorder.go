@@ -18,14 +18,14 @@ var (
 )
 
 const (
-	frameTarget  = 1 << 20          // decoded bytes at which a frame is handed on
-	dataChunk    = 128 << 10        // more in one Data record is split
-	maxUnproven  = 64 << 10         // of records before Begin
-	pooledBytes  = 1536 << 10       // capacity of pooled buffers: a frame, one record more, s2's worst case
-	growBytes    = 64 << 10         // below, a batch's buffer grows by itself; an idle session has none
-	stallLimit   = 30 * time.Second // that the disk may not answer
-	plainRun     = 8                // frames in a row that did not compress, after which one in so many is tried
-	closingSlack = 1 << 20          // that the spool may go over its limit, so that sessions end in order
+	frameTarget = 1 << 20              // decoded bytes at which a frame is handed on
+	dataChunk   = 128 << 10            // more in one Data record is split
+	maxUnproven = 64 << 10             // of records before Begin
+	pooledBytes = 1536 << 10           // capacity of pooled buffers: a frame, one record more, s2's worst case
+	growBytes   = 64 << 10             // below, a batch's buffer grows by itself; an idle session has none
+	fullPause   = 5 * time.Millisecond // between two looks at what other sessions have in memory, at the spool's limit
+	stallLimit  = 30 * time.Second     // that the disk may not answer
+	plainRun    = 8                    // frames in a row that did not compress, after which one in so many is tried
 )
 
 // batch is records that become one frame.
@@ -107,7 +107,7 @@ func (r *Recorder) Begin() error {
 
 func (r *Recorder) begin() error {
 	l := r.log
-	if err := l.room(0); err != nil {
+	if err := l.room(); err != nil {
 		return err
 	}
 	w, err := createSegment(l.disk, l.cfg.Spool, Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
@@ -117,6 +117,7 @@ func (r *Recorder) begin() error {
 	}
 	r.w = w
 	l.used.Add(w.size + fileOverhead)
+	l.queue.Add(int64(len(r.tail.b)))
 	if err := r.write(r.tail, false); err != nil {
 		return err
 	}
@@ -236,7 +237,14 @@ func (r *Recorder) admit(n int) error {
 			}
 			return nil
 		}
-		if err := r.log.room(0); err != nil {
+		// What sessions have in memory is to be in the spool, too. At the limit they wait until it is written: it may compress.
+		queue := r.log.queue.Load()
+		full := r.log.used.Load()+queue+int64(n) > r.log.cfg.SpoolLimit
+		err := r.log.room()
+		if full && queue == 0 {
+			err = r.log.limitReached()
+		}
+		if err != nil {
 			r.lose(err)
 			return r.err
 		}
@@ -244,8 +252,14 @@ func (r *Recorder) admit(n int) error {
 			r.lose(ErrStalled)
 			return r.err
 		}
-		if r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes {
+		if !full && (r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes) {
 			return nil
+		}
+		var others <-chan time.Time
+		if full {
+			r.urgent = true
+			r.notify()
+			others = time.After(fullPause)
 		}
 		if timer == nil {
 			timer = time.NewTimer(stallLimit)
@@ -256,6 +270,7 @@ func (r *Recorder) admit(n int) error {
 		timedOut := false
 		select {
 		case <-progress:
+		case <-others:
 		case <-r.lost:
 		case <-timer.C:
 			timedOut = true
@@ -319,6 +334,7 @@ func (r *Recorder) added(n int, now time.Time) {
 		r.oldest = now
 	}
 	r.pending += int64(n)
+	r.log.queue.Add(int64(n))
 	if len(r.tail.b) >= frameTarget {
 		r.handOn()
 	}
@@ -429,11 +445,7 @@ func (r *Recorder) Close(end *End) error {
 		r.mu.Unlock()
 		return r.waitClosed()
 	}
-	if err := r.log.room(closingSlack); err != nil {
-		r.lose(err)
-	} else {
-		r.add(0, KindEnd, body)
-	}
+	r.add(0, KindEnd, body) // at the spool's limit, too: a session ends in order, and their number is bounded
 	r.startFlusher()
 	r.notify()
 	r.mu.Unlock()
@@ -586,6 +598,7 @@ func (r *Recorder) write(b batch, bulk bool) error {
 	if b.count == 0 {
 		return nil
 	}
+	defer r.log.queue.Add(-int64(len(b.b))) // after it is counted as used
 	var out []byte
 	if len(b.b) > growBytes {
 		out = getBuffer()
@@ -747,6 +760,10 @@ func (r *Recorder) fail(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.lose(err)
+	for _, b := range r.full {
+		r.log.queue.Add(-int64(len(b.b)))
+	}
+	r.log.queue.Add(-int64(len(r.tail.b)))
 	r.broken, r.running = true, false
 	r.full, r.tail = nil, batch{}
 	if r.closing {
