@@ -6,6 +6,12 @@ import (
 	"time"
 )
 
+// Values of Config.Sync.
+const (
+	syncInterval   = "interval"
+	syncBeforePass = "before-pass"
+)
+
 // Config says where and how a gate writes its log.
 type Config struct {
 	// Spool is the directory in which segments are written and wait for the store. Required; on a disk of its own file
@@ -15,6 +21,9 @@ type Config struct {
 	SegmentBytes int64 `yaml:"segment_bytes"`
 	// SegmentAge is the time after which a segment that holds data is cut. Default 5s.
 	SegmentAge time.Duration `yaml:"segment_age"`
+	// Sync says when a record is durable: "interval", at most SyncInterval and SyncBytes behind, or "before-pass", before
+	// what it describes happens: Record and Tap return when it is on the disk. Default "interval".
+	Sync string `yaml:"sync"`
 	// SyncInterval is how long a record may wait to be durable, the disk's own time aside. Default 250ms.
 	SyncInterval time.Duration `yaml:"sync_interval"`
 	// SyncBytes is how many bytes of a session may wait to be durable; then the session waits. Default 8 MiB, at least
@@ -41,12 +50,17 @@ func (c Config) WithDefaults() Config {
 	if c.Codec == "" {
 		c.Codec = "auto"
 	}
+	if c.Sync == "" {
+		c.Sync = syncInterval
+	}
 	return c
 }
 
 // Validate says what is wrong with a configuration; call it after WithDefaults.
 func (c Config) Validate() error {
 	switch {
+	case c.Sync != syncInterval && c.Sync != syncBeforePass:
+		return fmt.Errorf("sync: %q is none of interval, before-pass", c.Sync)
 	case c.Spool == "":
 		return errors.New("spool: not set")
 	case c.SegmentBytes < 4<<10 || c.SegmentBytes > 64<<20:

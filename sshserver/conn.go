@@ -356,13 +356,21 @@ func narrower(gate time.Duration, profile string) time.Duration {
 
 func clock(t time.Time) string { return t.UTC().Format("15:04:05 UTC") }
 
-// tell writes a line to every terminal of the connection. It does not wait longer than tellTime for a client that
-// doesn't read.
+// tell writes a line to every terminal of the connection.
 func (c *conn) tell(text string) {
+	c.each(func(s *session) {
+		if s.terminal != nil {
+			s.notice("\r\n*** sallyport: " + text + "\r\n")
+		}
+	})
+}
+
+// each calls f for each session that has a program. It does not wait longer than tellTime for a client that doesn't read.
+func (c *conn) each(f func(*session)) {
 	c.mu.Lock()
 	var to []*session
 	for _, s := range c.sessions {
-		if s.running && s.terminal != nil {
+		if s.running {
 			to = append(to, s)
 		}
 	}
@@ -370,7 +378,7 @@ func (c *conn) tell(text string) {
 	var wg sync.WaitGroup
 	for _, s := range to {
 		wg.Add(1)
-		c.spawn(func() { defer wg.Done(); s.notice("\r\n*** sallyport: " + text + "\r\n") })
+		c.spawn(func() { defer wg.Done(); f(s) })
 	}
 	done := make(chan struct{})
 	go func() { wg.Wait(); close(done) }() // ends at the latest when the connection is closed
@@ -738,9 +746,7 @@ func (c *conn) finish() {
 		why = c.authError
 	}
 	if c.sc != nil {
-		if why.text != "" {
-			c.tell("this session ends: " + why.text)
-		}
+		c.each(func(s *session) { s.farewell(why) })
 		c.sc.Close()
 	}
 	c.nc.Close()

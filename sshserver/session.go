@@ -50,8 +50,9 @@ type session struct {
 	x11Single bool          // for one connection
 
 	terminal *backends.Terminal // written before running is, read after it
-	running  bool               // guarded by c.mu: the program has its terminal
+	running  bool               // guarded by c.mu: the program is there, with its terminal if it has one
 	screen   *outlet            // the terminal, once running
+	bye      sync.Once          // the client is told why the connection ends
 }
 
 func newSession(c *conn, id uint32, ch ssh.Channel, before <-chan struct{}) *session {
@@ -323,6 +324,9 @@ func (s *session) run(p backends.Process) {
 	} else {
 		p.Stderr = &outlet{s: s, n: &s.err, keep: s.keeps[auditlog.Error], w: s.ch.Stderr()}
 		p.Stdin = &inlet{s: s}
+		s.c.mu.Lock()
+		s.running = true
+		s.c.mu.Unlock()
 	}
 	if s.agent || s.x11 != nil {
 		stop := s.sessionForwards(&p)
@@ -345,6 +349,9 @@ func (s *session) run(p backends.Process) {
 	s.c.mu.Lock()
 	s.running = false
 	s.c.mu.Unlock()
+	if s.c.ctx.Err() != nil { // a program that lost its client's bytes may end before finish has said why
+		s.farewell(endCause(context.Cause(s.c.ctx)))
+	}
 	switch {
 	case err == nil:
 		s.exit(auditlog.Exit{Code: uint32(status.Code), Signal: status.Signal, Core: status.CoreDumped})
@@ -436,6 +443,24 @@ func (s *session) fail(err error) {
 			io.WriteString(s.ch.Stderr(), text)
 		}
 	}
+}
+
+// farewell tells the client, once, why its connection ends: on the terminal, or on standard error where there is none.
+func (s *session) farewell(why *cause) {
+	if why.text == "" {
+		return
+	}
+	s.bye.Do(func() {
+		text := "sallyport: this session ends: " + why.text + "\r\n"
+		switch {
+		case s.terminal == nil:
+			io.WriteString(s.ch.Stderr(), text)
+		case s.c.rec.Err() != nil: // that nothing can be recorded can't be recorded
+			io.WriteString(s.ch, "\r\n*** "+text)
+		default:
+			s.notice("\r\n*** " + text)
+		}
+	})
 }
 
 // exit records how the program ended, and ends the channel.
