@@ -461,10 +461,14 @@ func (d *deployment) data(t *testing.T) {
 	})
 	d.put("sallyport-grants", "carol.json", "not a grant")
 	d.put("sallyport-grants", "bob.json", nil)
-	s.cmd.Wait()
-	if text := s.stderr.String(); !strings.Contains(text, "has been taken back") {
-		t.Errorf("the end of a session whose grant was removed: %s", text)
-	}
+	s.wait()
+	eventually(t, "the log of the session whose grant was removed", func() error {
+		out, err := d.audit("list", "--output", "json")
+		if err == nil && !strings.Contains(out, `"cause":"revoked"`) && !strings.Contains(out, `"cause": "revoked"`) {
+			err = errors.New("no session was ended for that: " + s.stderr.String())
+		}
+		return err
+	})
 	eventually(t, "the gates to say what is wrong with the file", func() error {
 		pods, err := d.pods()
 		for _, p := range pods {
@@ -578,7 +582,7 @@ func (d *deployment) crash(t *testing.T) {
 	if err := process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	s.finish(false)
+	s.wait()
 	eventually(t, "the gate to be started again", func() error {
 		pods, err := d.pods()
 		for _, p := range pods {

@@ -494,6 +494,15 @@ func (s *session) says(line string) error {
 
 var errWrong = errors.New("the session does not answer")
 
+// wait is for a session that the gate or the cluster ends.
+func (s *session) wait() {
+	s.once.Do(func() {
+		stop := time.AfterFunc(patience, func() { s.cmd.Process.Kill() })
+		defer stop.Stop()
+		s.err = s.cmd.Wait()
+	})
+}
+
 // finish ends the session: by its user, or its client is killed. It returns how the client ended.
 func (s *session) finish(kill bool) error {
 	s.once.Do(func() {

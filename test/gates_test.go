@@ -148,7 +148,7 @@ func TestGates(t *testing.T) {
 		}
 		return fmt.Errorf("the users were told %q", told)
 	})
-	ended.finish(false)
+	ended.wait()
 	if !strings.Contains(gates[0].log(), "lunch") {
 		t.Errorf("north does not say why it ended the session:\n%s", gates[0].log())
 	}
@@ -242,14 +242,25 @@ func TestGateKilled(t *testing.T) {
 
 	began := time.Now()
 	killed.end(t, syscall.SIGKILL)
-	eventually(t, "the killed gate's pods to go", func() error {
-		pods, err := f.podsOf(label)
-		if err == nil && len(pods) > 0 {
-			err = fmt.Errorf("%d are there: %v", len(pods), pods)
+	gone := func(goes func(phase string) bool) func() error {
+		return func() error {
+			pods, err := f.podsOf(label)
+			n := 0
+			for _, phase := range pods {
+				if goes(phase) {
+					n++
+				}
+			}
+			if err == nil && n > 0 {
+				err = fmt.Errorf("%d of %d", n, len(pods))
+			}
+			return err
 		}
-		return err
-	})
-	t.Logf("%d pods of the killed gate were gone after %v", many, time.Since(began).Round(100*time.Millisecond))
+	}
+	eventually(t, "the killed gate's pods to end", gone(func(phase string) bool { return phase == "Running" || phase == "Pending" }))
+	ended := time.Since(began)
+	eventually(t, "the killed gate's pods to be removed", gone(func(string) bool { return true }))
+	t.Logf("%d pods of the killed gate had ended after %.1f s and were removed after %.1f s", many, ended.Seconds(), time.Since(began).Seconds())
 	for _, s := range sessions[other] {
 		if err := s.says("still here"); err != nil {
 			t.Errorf("the other gate's session: %v: %s", err, s.stderr.String())
@@ -259,7 +270,7 @@ func TestGateKilled(t *testing.T) {
 		t.Errorf("the other gate has %+v", own)
 	}
 	for _, s := range sessions[killed] {
-		s.finish(false) // the client sees its connection cut
+		s.wait() // the client sees its connection cut
 	}
 
 	killed.start(t)
@@ -282,7 +293,13 @@ func TestGateKilled(t *testing.T) {
 		}
 	}
 	eventually(t, "the other's logs to be sealed", want(few, many, 0))
-	if out, err := f.audit("verify"); err != nil || !strings.Contains(out, fmt.Sprintf("%d sealed, %d interrupted, 0 live, 0 damaged", few, many)) {
+	for _, g := range []*gate{killed, other} { // their own logs are sealed then, too
+		g.end(t, syscall.SIGTERM)
+	}
+	if out, err := f.audit("verify"); err != nil || !strings.Contains(out, " 0 live, 0 damaged") {
 		t.Errorf("verify: %v\n%s", err, out)
+	}
+	if err := want(few, many, 0)(); err != nil {
+		t.Error(err)
 	}
 }

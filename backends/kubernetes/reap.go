@@ -14,15 +14,15 @@ import (
 const (
 	// reapEvery is the time between looks for pods that have finished: what a killed gate leaves is gone after two of them.
 	// Each wholeEvery-th time it is all pods, for those that go on and are nobody's.
-	reapEvery  = 10 * time.Second
-	wholeEvery = 3
+	reapEvery  = 5 * time.Second
+	wholeEvery = 6
 
 	// pendingLimit is the age from which no gate waits for a pod to start, whatever its start_timeout.
 	pendingLimit = 15 * time.Minute
 )
 
 // Run removes what earlier gates of this name and failed removals left, and what any gate's ended sessions did, at once and
-// every 10 s, and hears from the cluster what becomes of the pods, until ctx ends.
+// every 5 s, and hears from the cluster what becomes of the pods, until ctx ends.
 func (b *Backend) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
