@@ -156,6 +156,26 @@ type Owner struct {
 	Expires time.Time `json:"expires"` // the latest end there can be; the sandbox ends by itself soon after
 }
 
+// Running is a session's sandbox as a Shared backend knows it.
+type Running struct {
+	Session string    // session ID
+	Server  string    // the gate's name in the backend, unique there
+	User    string    //
+	Profile string    //
+	Grant   string    // ticket
+	ID      string    // the sandbox's
+	Started time.Time // when the sandbox was made
+}
+
+// Shared is a Backend that knows the sandboxes of all gates that use it.
+type Shared interface {
+	// Running lists those whose sessions go on, in the order of the sessions' IDs.
+	Running(ctx context.Context) ([]Running, error)
+	// EndRunning ends a session by removing its sandbox, and returns it; nil: there is none. The session's own gate records
+	// that the sandbox was removed.
+	EndRunning(ctx context.Context, session string) (*Running, error)
+}
+
 // Info says what a backend started.
 type Info struct {
 	Backend string `json:"backend"`          // "docker", "kubernetes", "memory"

@@ -809,7 +809,7 @@ func (c *conn) info() SessionInfo {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return SessionInfo{
-		ID: c.id, User: c.login.User, Source: c.source.String(), Ticket: c.decision.Ticket,
+		ID: c.id, Gate: c.s.Gate, User: c.login.User, Source: c.source.String(), Ticket: c.decision.Ticket,
 		Profile: c.decision.Profile, Sandbox: c.sandboxID, Started: c.started, Expires: c.decision.NotAfter,
 	}
 }

@@ -67,7 +67,7 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	binaries = dir
-	if !noEngine {
+	if !noEngine || os.Getenv("SALLYPORT_TEST_KUBECONFIG") != "" {
 		if err := errors.Join(build(dir, true), writeHelpers(dir)); err != nil {
 			fmt.Fprintln(os.Stderr, "test:", err)
 			return 1
