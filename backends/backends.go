@@ -5,6 +5,7 @@ package backends
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -134,13 +135,17 @@ type Template struct {
 	Namespace string            `json:"namespace,omitempty"` // empty: the backend's default
 	Nodes     map[string]string `json:"nodes,omitempty"`     // labels that the node must have
 	Priority  string            `json:"priority,omitempty"`  // PriorityClass; empty: the backend's default
+	Spread    []string          `json:"spread,omitempty"`    // labels of nodes over whose values sandboxes spread, where they can
+	// Pod is JSON: a pod template to be merged, or a JSON Patch (RFC 6902), under the backend's own limits. Empty: none.
+	Pod json.RawMessage `json:"pod,omitempty"`
 }
 
 // Mount brings data into a sandbox.
 type Mount struct {
-	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image" or "projected".
+	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image", "projected" or "csi".
 	Type string `json:"type,omitempty"`
-	// Source is a path on the host, a name, an image's reference, or "configmap:NAME,secret:NAME" of a projected one.
+	// Source is a path on the host, a name, an image's reference, "configmap:NAME,secret:NAME" of a projected one, or
+	// "DRIVER:NAME=VALUE,NAME=VALUE" of a CSI one.
 	Source string `json:"source"`
 	Target string `json:"target"`          // absolute path inside
 	Write  bool   `json:"write,omitempty"` // false: read-only

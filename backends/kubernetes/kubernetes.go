@@ -52,19 +52,28 @@ type Config struct {
 	UserNamespaces   bool              `yaml:"user_namespaces"`    // hostUsers: false; the nodes must be able to
 
 	// What a profile may name; default none.
-	Claims      []string           `yaml:"claims"`           // persistent volume claims
-	WriteClaims []string           `yaml:"write_claims"`     // of these, those that may be mounted writable
-	ConfigMaps  []string           `yaml:"config_maps"`      // always read-only
-	Secrets     []string           `yaml:"secrets"`          // always read-only
-	Images      []string           `yaml:"images"`           // images that may be mounted, read-only; one may end in *
-	HostPaths   []string           `yaml:"host_paths"`       // directories of the nodes below which mounts may lie, read-only
-	Runtimes    []string           `yaml:"runtimes"`         // RuntimeClasses
-	Priorities  []string           `yaml:"priorities"`       // PriorityClasses
-	NodeLabels  []string           `yaml:"node_labels"`      // keys that a profile's node selector may have
-	AllowCaps   []string           `yaml:"allow_caps"`       // capabilities, as "NET_RAW"
-	AllowRoot   bool               `yaml:"allow_root"`       // whether uid 0 is permitted
-	Networks    map[string]Network `yaml:"networks"`         // what a profile's network may be
-	PolicyMode  string             `yaml:"network_policies"` // "create" (default): the gate keeps them; "refer": they must be there
+	Claims      []string `yaml:"claims"`       // persistent volume claims
+	WriteClaims []string `yaml:"write_claims"` // of these, those that may be mounted writable
+	ConfigMaps  []string `yaml:"config_maps"`  // always read-only
+	Secrets     []string `yaml:"secrets"`      // always read-only
+	Images      []string `yaml:"images"`       // images that may be mounted, read-only; one may end in *
+	CSI         []string `yaml:"csi"`          // CSI volumes, DRIVER:NAME=VALUE,..., always read-only; one may end in *
+	HostPaths   []string `yaml:"host_paths"`   // directories of the nodes below which mounts may lie, read-only
+	Runtimes    []string `yaml:"runtimes"`     // RuntimeClasses
+	Priorities  []string `yaml:"priorities"`   // PriorityClasses
+	NodeLabels  []string `yaml:"node_labels"`  // keys that a profile's node selector may have
+	AllowCaps   []string `yaml:"allow_caps"`   // capabilities, as "NET_RAW"
+	AllowRoot   bool     `yaml:"allow_root"`   // whether uid 0 is permitted
+	// PodTemplates says whether a profile may bring a pod template. It is judged by all these lists, and by those that follow.
+	PodTemplates   bool     `yaml:"pod_templates"`
+	PodLabels      []string `yaml:"pod_labels"`      // keys that it may add; network policies and services select by labels
+	PodAnnotations []string `yaml:"pod_annotations"` // keys that it may add
+	Taints         []string `yaml:"taints"`          // keys of taints that it may tolerate
+	Containers     []string `yaml:"containers"`      // images of containers that it may add; one may end in *
+	AllowHost      []string `yaml:"allow_host"`      // what of the node's it may share: "network", "ipc"
+
+	Networks   map[string]Network `yaml:"networks"`         // what a profile's network may be
+	PolicyMode string             `yaml:"network_policies"` // "create" (default): the gate keeps them; "refer": they must be there
 
 	Memory     Size    `yaml:"memory"`      // where a profile names none; default 512Mi
 	CPUs       float64 `yaml:"cpus"`        // where a profile names none; default 1
@@ -177,6 +186,23 @@ func (c Config) Validate() error {
 	case "create", "refer":
 	default:
 		bad("network_policies: %q is none of create, refer", c.PolicyMode)
+	}
+	for _, what := range c.AllowHost {
+		switch what {
+		case "network", "ipc":
+		case "pid":
+			bad("allow_host: with the node's processes, the agent would not be the sandbox's first: it can't be permitted")
+		default:
+			bad("allow_host: %q is none of network, ipc", what)
+		}
+	}
+	for _, key := range append(slices.Clone(c.PodLabels), c.PodAnnotations...) {
+		if key == labelManaged || strings.HasPrefix(key, "sallyport.") {
+			bad("pod_labels, pod_annotations: %q is the gate's own", key)
+		}
+	}
+	if !c.PodTemplates && len(c.PodLabels)+len(c.PodAnnotations)+len(c.Taints)+len(c.Containers)+len(c.AllowHost) > 0 {
+		bad("pod_templates: is off, and lists for pod templates are not empty")
 	}
 	for _, p := range c.HostPaths {
 		if !path.IsAbs(p) || path.Clean(p) != p || p == "/" {

@@ -159,8 +159,13 @@ func (s *sandbox) create(ctx context.Context, spec backends.Spec, key string) (*
 					continue
 				}
 			}
+			pod, err := b.pod(spec, key, at)
+			if err != nil {
+				s.release()
+				return nil, err
+			}
 			var made corev1.Pod
-			err := b.cluster.create(detachedCtx, at.namespace, "pods", build(spec, b.config, b.gate, key, at), &made)
+			err = b.cluster.create(detachedCtx, at.namespace, "pods", pod, &made)
 			switch {
 			case err == nil:
 				s.mu.Lock()
