@@ -49,6 +49,13 @@ type Dialer interface {
 	DialContext(ctx context.Context, network, address string) (net.Conn, error)
 }
 
+// Identified is implemented by a Sandbox whose backend may learn of the image's digest after the start alone.
+type Identified interface {
+	// Digest waits until the digest is known and returns it, or "" if the sandbox is gone or ctx has ended before. A sandbox
+	// that is closed meanwhile stays known to its backend for a moment, for the digest's sake.
+	Digest(ctx context.Context) string
+}
+
 // MaxAddresses bounds the answer of Dialer.Resolve.
 const MaxAddresses = 16
 
@@ -165,7 +172,7 @@ type Owner struct {
 type Info struct {
 	Backend string `json:"backend"`          // "docker", "kubernetes", "memory"
 	Image   string `json:"image"`            // reference asked for
-	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID
+	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID; empty: see Identified
 	Node    string `json:"node,omitempty"`   // engine or node that runs it
 	Spec    any    `json:"spec,omitempty"`   // the backend's own request as sent, without secrets; encodes to JSON
 	// ExecAudit says whether executed programs are reported: "on", "on, strict", "off", or "off: " and why they can't be.

@@ -218,7 +218,7 @@ func TestTemplates(t *testing.T) {
 				t.Errorf("%v, want a refusal with %q", err, test.reason)
 			}
 			if err == nil {
-				if _, err := b.pod(checked, "KEY", slotOf("ns", "u", 1)); err != nil {
+				if _, err := b.pod(checked, "KEY", slotOf("ns", "u", 1), nil); err != nil {
 					t.Error(err)
 				}
 			}
@@ -226,7 +226,7 @@ func TestTemplates(t *testing.T) {
 			b = checker(Config{PodTemplates: true})
 			if checked, err = b.check(spec); err == nil {
 				plain, pod := *build(checked, b.config, "gate", "", slotOf("ns", "u", 1)), new(corev1.Pod)
-				if pod, err = b.pod(checked, "", slotOf("ns", "u", 1)); err != nil {
+				if pod, err = b.pod(checked, "", slotOf("ns", "u", 1), nil); err != nil {
 					t.Fatal(err)
 				}
 				harmless := pod.DeepCopy()
@@ -262,7 +262,7 @@ func TestMerge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pod, err := b.pod(spec, "KEY", slotOf("ns", "u", 1))
+	pod, err := b.pod(spec, "KEY", slotOf("ns", "u", 1), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -357,7 +357,7 @@ func FuzzTemplate(f *testing.F) {
 		if err != nil || len(template) == 0 {
 			return
 		}
-		pod, err := b.pod(checked, "KEY", slotOf("ns", "u", 1))
+		pod, err := b.pod(checked, "KEY", slotOf("ns", "u", 1), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/sallyport/sallyport/backends"
 )
@@ -43,13 +44,16 @@ type Config struct {
 	AgentIn []string `yaml:"agent_in"`
 
 	// Where and how all pods run.
-	ServiceAccount   string            `yaml:"service_account"`    // its token is never in the pod; default "default"
-	ImagePullSecrets []string          `yaml:"image_pull_secrets"` // by name
-	NodeSelector     map[string]string `yaml:"node_selector"`      // labels of the nodes
-	Tolerations      []Toleration      `yaml:"tolerations"`        // taints of the nodes
-	Runtime          string            `yaml:"runtime"`            // RuntimeClass where a profile names none
-	Priority         string            `yaml:"priority"`           // PriorityClass where a profile names none
-	UserNamespaces   bool              `yaml:"user_namespaces"`    // hostUsers: false; the nodes must be able to
+	ServiceAccount   string   `yaml:"service_account"`    // its token is never in the pod; default "default"
+	ImagePullSecrets []string `yaml:"image_pull_secrets"` // by name
+	// Owner is an object with which the cluster deletes pods: "pod", the gate's own, of the pods' namespace and known by POD_NAME,
+	// POD_NAMESPACE and POD_UID of the environment, or "configmap/NAME", in each namespace. Default none.
+	Owner          string            `yaml:"owner"`
+	NodeSelector   map[string]string `yaml:"node_selector"`   // labels of the nodes
+	Tolerations    []Toleration      `yaml:"tolerations"`     // taints of the nodes
+	Runtime        string            `yaml:"runtime"`         // RuntimeClass where a profile names none
+	Priority       string            `yaml:"priority"`        // PriorityClass where a profile names none
+	UserNamespaces bool              `yaml:"user_namespaces"` // hostUsers: false; the nodes must be able to
 
 	// What a profile may name; default none.
 	Claims      []string `yaml:"claims"`       // persistent volume claims
@@ -187,6 +191,9 @@ func (c Config) Validate() error {
 	default:
 		bad("network_policies: %q is none of create, refer", c.PolicyMode)
 	}
+	if err := c.validateOwner(); err != nil {
+		bad("%w", err)
+	}
 	for _, what := range c.AllowHost {
 		switch what {
 		case "network", "ipc":
@@ -297,6 +304,7 @@ type Backend struct {
 	log     *slog.Logger
 	cluster *cluster
 
+	ownPod   *metav1.OwnerReference // nil: owns nothing
 	policies policyCache
 	tries    *rate.Limiter // of all starts' attempts to reach an agent
 
@@ -325,7 +333,13 @@ func New(ctx context.Context, config Config, gate string, log *slog.Logger) (*Ba
 		config: config, gate: gate, log: log, cluster: c,
 		tries: rate.NewLimiter(triesPerSecond, triesBurst), live: make(map[string]*sandbox), used: make(map[slot]bool),
 	}
-	if err := b.Ready(ctx); err != nil {
+	err = b.Ready(ctx)
+	if err == nil {
+		if err = b.findOwnPod(ctx); err != nil {
+			err = fmt.Errorf("kubernetes: %w", err)
+		}
+	}
+	if err != nil {
 		c.close()
 		return nil, err
 	}

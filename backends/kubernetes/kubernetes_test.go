@@ -22,6 +22,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(inClusterEnv) != "" {
+		os.Exit(inCluster())
+	}
 	code := 0
 	func() {
 		defer fixture.remove()
@@ -81,11 +84,17 @@ func (f *clusterFixture) setUp() error {
 	return err
 }
 
-func (f *clusterFixture) makeNamespace() (string, error) {
+// glibcImage is one in which this test's program can run.
+const glibcImage = "sallyport/debug:1"
+
+func (f *clusterFixture) makeNamespace() (string, error) { return f.makeNamespaceFor("restricted") }
+
+// makeNamespaceFor makes a namespace in which a level of Pod Security is enforced.
+func (f *clusterFixture) makeNamespaceFor(level string) (string, error) {
 	ctx := context.Background()
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 		Name:   "sallyport-test-" + strings.ToLower(rand.Text()[:8]),
-		Labels: map[string]string{"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/enforce-version": "latest"},
+		Labels: map[string]string{"pod-security.kubernetes.io/enforce": level, "pod-security.kubernetes.io/enforce-version": "latest"},
 	}}
 	if err := f.cluster.create(ctx, "", "namespaces", ns, &corev1.Namespace{}); err != nil {
 		return "", err

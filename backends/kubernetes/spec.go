@@ -214,13 +214,14 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 	}
 	spec.Template = t
 	// So that nothing is begun for a template that fails.
-	_, err := b.pod(spec, "", slotOf(t.Namespace, spec.Owner.User, 0))
+	_, err := b.pod(spec, "", slotOf(t.Namespace, spec.Owner.User, 0), nil)
 	return spec, err
 }
 
 // pod makes the pod of a checked spec, with the profile's template, and judges it.
-func (b *Backend) pod(spec backends.Spec, key string, at slot) (*corev1.Pod, error) {
+func (b *Backend) pod(spec backends.Spec, key string, at slot, owner []metav1.OwnerReference) (*corev1.Pod, error) {
 	plain := build(spec, b.config, b.gate, key, at)
+	plain.OwnerReferences = owner
 	pod := plain
 	if len(spec.Template.Pod) > 0 {
 		var err error
