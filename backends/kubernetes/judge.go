@@ -87,6 +87,8 @@ func (j judge) wholePod(p corev1.PodSpec) error {
 		return fmt.Errorf("spec: the agent must be the first of the sandbox's own processes (hostPID, shareProcessNamespace)")
 	case p.HostNetwork && !slices.Contains(c.AllowHost, "network"):
 		return fmt.Errorf("spec.hostNetwork: the node's network is not permitted (allow_host)")
+	case p.HostNetwork && c.Stream == streamDirect:
+		return fmt.Errorf("spec.hostNetwork: the agent would listen on the node (stream: direct)")
 	case p.HostIPC && !slices.Contains(c.AllowHost, "ipc"):
 		return fmt.Errorf("spec.hostIPC: the node's IPC is not permitted (allow_host)")
 	case p.AutomountServiceAccountToken == nil || *p.AutomountServiceAccountToken:

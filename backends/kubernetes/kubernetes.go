@@ -43,6 +43,12 @@ type Config struct {
 	// AgentIn are images that carry the agent themselves, as /.sallyport/agent; one may end in *. Default none.
 	AgentIn []string `yaml:"agent_in"`
 
+	// Stream is how the gate reaches the agent: "exec" (default), pods/exec by way of the API server, or "direct", TLS to the pod's
+	// address, which both ends prove keys of the session's for.
+	Stream     string `yaml:"stream"`
+	DirectPort uint16 `yaml:"direct_port"` // of every pod, until its gate has come; default 7420
+	DirectFrom []Peer `yaml:"direct_from"` // where gates are, for the policies that the gate keeps
+
 	// Where and how all pods run.
 	ServiceAccount   string   `yaml:"service_account"`    // its token is never in the pod; default "default"
 	ImagePullSecrets []string `yaml:"image_pull_secrets"` // by name
@@ -114,6 +120,13 @@ type Network struct {
 	Egress []Egress `yaml:"egress"`
 }
 
+// Peer is whom a policy lets reach something: one of addresses, or of pods.
+type Peer struct {
+	CIDR      string            `yaml:"cidr"`      // or
+	Namespace map[string]string `yaml:"namespace"` // labels of namespaces, and
+	Pod       map[string]string `yaml:"pod"`       // of pods in them, or in the sandbox's own namespace
+}
+
 // Egress is addresses and ports that may be reached.
 type Egress struct {
 	CIDR      string            `yaml:"cidr"`      // or
@@ -130,6 +143,7 @@ func (c Config) WithDefaults() Config {
 		value string
 	}{
 		{&c.Namespace, "sallyport-sandboxes"}, {&c.AgentImage, "sallyport/agent:1"}, {&c.AgentBy, "init"},
+		{&c.Stream, streamExec},
 		{&c.PolicyMode, "create"}, {&c.ServiceAccount, "default"},
 	} {
 		if *s.at == "" {
@@ -152,6 +166,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.MaxCPUs == 0 {
 		c.MaxCPUs = 8
+	}
+	if c.DirectPort == 0 {
+		c.DirectPort = 7420
 	}
 	if c.MaxPerUser == 0 {
 		c.MaxPerUser = 20
@@ -185,6 +202,29 @@ func (c Config) Validate() error {
 	case "init", "volume":
 	default:
 		bad("agent_by: %q is none of init, volume", c.AgentBy)
+	}
+	switch c.Stream {
+	case streamExec:
+		if len(c.DirectFrom) > 0 {
+			bad("direct_from: is for stream: direct")
+		}
+	case streamDirect:
+		if c.DirectPort < 1024 {
+			bad("direct_port: %d can't be listened on by a session's user", c.DirectPort)
+		}
+		if c.PolicyMode == "create" && len(c.DirectFrom) == 0 {
+			bad("direct_from: say where the gates are, or no policy lets them reach a sandbox")
+		}
+		if c.PolicyMode == "refer" && len(c.DirectFrom) > 0 {
+			bad("direct_from: the gate writes no policies where network_policies is refer")
+		}
+	default:
+		bad("stream: %q is none of exec, direct", c.Stream)
+	}
+	for _, p := range c.DirectFrom {
+		if err := p.validate(); err != nil {
+			bad("direct_from: %w", err)
+		}
 	}
 	switch c.PolicyMode {
 	case "create", "refer":
@@ -276,15 +316,27 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-func (e Egress) validate() error {
-	selects := len(e.Namespace)+len(e.Pod) > 0
-	if (e.CIDR != "") == selects {
+// How the gate reaches agents.
+const streamExec, streamDirect = "exec", "direct"
+
+func (p Peer) validate() error {
+	selects := len(p.Namespace)+len(p.Pod) > 0
+	if (p.CIDR != "") == selects {
 		return errors.New("write either cidr, or namespace and pod")
 	}
-	if e.CIDR != "" {
-		if p, err := netip.ParsePrefix(e.CIDR); err != nil || p != p.Masked() {
-			return fmt.Errorf("cidr: %q is no network as 192.0.2.0/24", e.CIDR)
+	if p.CIDR != "" {
+		if n, err := netip.ParsePrefix(p.CIDR); err != nil || n != n.Masked() {
+			return fmt.Errorf("cidr: %q is no network as 192.0.2.0/24", p.CIDR)
 		}
+	}
+	return nil
+}
+
+func (e Egress) peer() Peer { return Peer{e.CIDR, e.Namespace, e.Pod} }
+
+func (e Egress) validate() error {
+	if err := e.peer().validate(); err != nil {
+		return err
 	}
 	for _, port := range append(slices.Clone(e.TCP), e.UDP...) {
 		if port < 1 || port > 65535 {
@@ -366,6 +418,9 @@ func (b *Backend) Ready(ctx context.Context) error {
 
 // Transport says how sandboxes are reached.
 func (b *Backend) Transport() (transport, why string) {
+	if b.config.Stream == streamDirect {
+		return "direct", fmt.Sprintf("TLS to port %d of each pod's address; its key is asked for by pods/exec", b.config.DirectPort)
+	}
 	return "relay", "pods/exec by way of the API server, over WebSocket, or SPDY where that does not get through"
 }
 

@@ -52,7 +52,8 @@ type clusterFixture struct {
 	ns      string   // of the sandboxes; Pod Security "restricted" is enforced in it
 }
 
-// busyboxImage has to be on the cluster's nodes, and the agent's image too (images/build agent).
+// busyboxImage has to be on the cluster's nodes, and the agent's image too (images/build agent), or that of
+// SALLYPORT_TEST_AGENT_IMAGE.
 const busyboxImage = "sallyport/busybox:1"
 
 // kubeconfig is the administrator's of a cluster that the tests may use.
@@ -174,7 +175,7 @@ func newBackend(t testing.TB, change func(*Config)) *Backend {
 func newGate(t testing.TB, gate string, change func(*Config)) (*Backend, func()) {
 	t.Helper()
 	requireCluster(t)
-	config := Config{Kubeconfig: kubeconfig(), Namespace: fixture.ns, CPUShare: 0.02}
+	config := Config{Kubeconfig: kubeconfig(), Namespace: fixture.ns, CPUShare: 0.02, AgentImage: os.Getenv("SALLYPORT_TEST_AGENT_IMAGE")}
 	if change != nil {
 		change(&config)
 	}

@@ -548,6 +548,9 @@ func build(spec backends.Spec, c Config, gate, key string, at slot) *corev1.Pod 
 			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: capabilities(t.Caps)},
 		},
 	}
+	if c.Stream == streamDirect {
+		main.Args = append(main.Args, "--direct", ":"+strconv.Itoa(int(c.DirectPort)))
+	}
 	if !listed(c.AgentIn, t.Image) {
 		inject(p, &main, c, t)
 	}

@@ -31,6 +31,7 @@ type sandbox struct {
 	session string
 	info    backends.Info
 	client  *agent.Client
+	pin     agent.Pin // of an agent that is dialled, when it is known
 
 	told  chan struct{}            // closed when digest is set
 	death chan *backends.TextError // why the pod failed or ended, once, as the cluster tells it
@@ -341,6 +342,9 @@ func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, he
 	s.mu.Lock()
 	at := s.at
 	s.mu.Unlock()
+	if s.backend.config.Stream == streamDirect {
+		return s.dial(ctx, at, spdy, key, hello)
+	}
 	stream, err := s.backend.cluster.exec(ctx, at, spdy, insideAgent, "relay", "--socket", insideRelay)
 	if err != nil {
 		return nil, err
@@ -354,6 +358,33 @@ func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, he
 		return nil, fmt.Errorf("%w: %w", err, why)
 	}
 	return nil, err
+}
+
+// dial makes one attempt to reach the agent at the pod's address. Its key is asked for first, by way of the API server, and once.
+func (s *sandbox) dial(ctx context.Context, at slot, spdy bool, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
+	if s.pin.Key == nil {
+		stream, err := s.backend.cluster.exec(ctx, at, spdy, insideAgent, "pin", "--socket", insideRelay)
+		if err != nil {
+			return nil, err
+		}
+		stop := context.AfterFunc(ctx, func() { stream.Close() })
+		defer stop()
+		stream.SetDeadline(time.Now().Add(answerWait))
+		pin, err := agent.ReadPin(stream)
+		stream.Close()
+		if err != nil {
+			if why := stream.why(); why != nil && ctx.Err() == nil {
+				return nil, fmt.Errorf("%w: %w", err, why)
+			}
+			return nil, err
+		}
+		s.pin = pin
+	}
+	conn, err := agent.DialDirect(ctx, s.pin, s.backend.config.DirectPort, key)
+	if err != nil {
+		return nil, err
+	}
+	return agent.NewClient(ctx, conn, key, hello)
 }
 
 func (s *sandbox) ID() string {
