@@ -2,7 +2,10 @@
 // grants and profiles are data, and an undefined, failed or ambiguous decision is a refusal.
 package authz
 
-import "time"
+import (
+	"encoding/json"
+	"time"
+)
 
 // OfferInput is the question whether a public key may be used at all by a user. It is asked for a key that is offered
 // and not yet proven, so the answer is only whether a signature is worth asking for.
@@ -70,10 +73,13 @@ type Sandbox struct {
 	Caps       []string `json:"caps,omitempty"`
 	Runtime    string   `json:"runtime,omitempty"`
 	ExtraHosts []string `json:"extra_hosts,omitempty"`
-	// Namespace, Nodes (labels that the node must have) and Priority are of Kubernetes alone.
+	// Namespace, Nodes (labels that the node must have), Priority, Spread (labels over whose values sandboxes spread) and Pod (a pod
+	// template, or a JSON Patch) are of Kubernetes alone.
 	Namespace string            `json:"namespace,omitempty"`
 	Nodes     map[string]string `json:"nodes,omitempty"`
 	Priority  string            `json:"priority,omitempty"`
+	Spread    []string          `json:"spread,omitempty"`
+	Pod       json.RawMessage   `json:"pod,omitempty"`
 	// ExecAudit says whether what the session executes is reported from inside: "required", "preferred" (default) or "off".
 	ExecAudit string `json:"exec_audit,omitempty"`
 	// ExecStrict has each execution wait until its report is recorded.
@@ -84,7 +90,7 @@ type Sandbox struct {
 
 // Mount is one mount of a profile. It is read-only unless Write is true.
 type Mount struct {
-	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image" or "projected".
+	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image", "projected" or "csi".
 	Type   string `json:"type,omitempty"`
 	Source string `json:"source"`
 	Target string `json:"target"`

@@ -5,6 +5,7 @@ package backends
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -46,6 +47,13 @@ type Dialer interface {
 	// DialContext connects. Networks are "tcp", with an address of an IP address and a port, never a name, and "unix", with an
 	// absolute path: no abstract name, and nothing of the agent's own. The connection is a HalfCloser.
 	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// Identified is implemented by a Sandbox whose backend may learn of the image's digest after the start alone.
+type Identified interface {
+	// Digest waits until the digest is known and returns it, or "" if the sandbox is gone or ctx has ended before. A sandbox
+	// that is closed meanwhile stays known to its backend for a moment, for the digest's sake.
+	Digest(ctx context.Context) string
 }
 
 // MaxAddresses bounds the answer of Dialer.Resolve.
@@ -134,13 +142,17 @@ type Template struct {
 	Namespace string            `json:"namespace,omitempty"` // empty: the backend's default
 	Nodes     map[string]string `json:"nodes,omitempty"`     // labels that the node must have
 	Priority  string            `json:"priority,omitempty"`  // PriorityClass; empty: the backend's default
+	Spread    []string          `json:"spread,omitempty"`    // labels of nodes over whose values sandboxes spread, where they can
+	// Pod is JSON: a pod template to be merged, or a JSON Patch (RFC 6902), under the backend's own limits. Empty: none.
+	Pod json.RawMessage `json:"pod,omitempty"`
 }
 
 // Mount brings data into a sandbox.
 type Mount struct {
-	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image" or "projected".
+	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image", "projected" or "csi".
 	Type string `json:"type,omitempty"`
-	// Source is a path on the host, a name, an image's reference, or "configmap:NAME,secret:NAME" of a projected one.
+	// Source is a path on the host, a name, an image's reference, "configmap:NAME,secret:NAME" of a projected one, or
+	// "DRIVER:NAME=VALUE,NAME=VALUE" of a CSI one.
 	Source string `json:"source"`
 	Target string `json:"target"`          // absolute path inside
 	Write  bool   `json:"write,omitempty"` // false: read-only
@@ -180,7 +192,7 @@ type Shared interface {
 type Info struct {
 	Backend string `json:"backend"`          // "docker", "kubernetes", "memory"
 	Image   string `json:"image"`            // reference asked for
-	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID
+	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID; empty: see Identified
 	Node    string `json:"node,omitempty"`   // engine or node that runs it
 	Spec    any    `json:"spec,omitempty"`   // the backend's own request as sent, without secrets; encodes to JSON
 	// ExecAudit says whether executed programs are reported: "on", "on, strict", "off", or "off: " and why they can't be.

@@ -732,10 +732,25 @@ func (c *conn) startSandbox(spec backends.Spec) {
 			c.mu.Unlock()
 		}
 		c.record(0, &rec)
+		if late, ok := sb.(backends.Identified); ok && err == nil && rec.Digest == "" {
+			c.spawn(func() { c.identify(late, rec) })
+		}
 		if why, off := strings.CutPrefix(rec.ExecAudit, "off: "); off {
 			c.record(0, &auditlog.Alert{Name: "exec-audit-off", Detail: why})
 		}
 	})
+}
+
+// identify records the digest of an image that was not known when its sandbox was. Not the connection's context: a session may
+// be over before the digest is known.
+func (c *conn) identify(sb backends.Identified, rec auditlog.Sandbox) {
+	ctx, cancel := context.WithTimeout(context.Background(), c.s.Config.StartTimeout)
+	defer cancel()
+	if rec.Digest = sb.Digest(ctx); rec.Digest == "" {
+		return
+	}
+	rec.Spec, rec.Took = "", 0
+	c.record(0, &rec)
 }
 
 // finish is the one place where a connection ends.

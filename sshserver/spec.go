@@ -24,6 +24,7 @@ func specOf(gate, session, user string, d authz.Login) (backends.Spec, error) {
 		Image: p.Image, PullPolicy: p.PullPolicy, UID: defaultID, GID: defaultID, Groups: p.Groups, Hostname: p.Hostname,
 		Home: p.Home, Env: p.Env, Network: p.Network, CPUs: p.CPUs, PIDs: p.PIDs, Scratch: p.Scratch, Caps: p.Caps,
 		Runtime: p.Runtime, ExtraHosts: p.ExtraHosts, Namespace: p.Namespace, Nodes: p.Nodes, Priority: p.Priority,
+		Spread: p.Spread, Pod: p.Pod,
 	}
 	if p.Image == "" {
 		return backends.Spec{}, fmt.Errorf("profile %s: image is missing", d.Profile)

@@ -253,9 +253,11 @@ func (t *tool) tellAccount(w *textWriter, a *account) {
 		}
 		a.cut += p.cut
 	}
+	told := false
 	for _, rec := range a.events {
 		add(rec.Time, byGate, 0, func(w *textWriter) { t.tellEvent(w, rec) })
-		if b, ok := rec.Body.(*auditlog.Sandbox); ok && b.Error == "" && (b.ExecAudit == "" || strings.HasPrefix(b.ExecAudit, "off")) {
+		if b, ok := rec.Body.(*auditlog.Sandbox); ok && !told && b.Error == "" && (b.ExecAudit == "" || strings.HasPrefix(b.ExecAudit, "off")) {
+			told = true // a second record of the same sandbox has its image's digest
 			add(rec.Time, byNobody, 0, func(w *textWriter) { w.field("programs", "not known: exec audit "+cmp.Or(b.ExecAudit, "off")) })
 		}
 	}
