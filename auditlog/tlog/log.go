@@ -320,7 +320,7 @@ func (l *Log) cut() (more bool, err error) {
 			return false, err
 		}
 	}
-	return len(l.entries) >= MaxCheckpointEntries, nil
+	return taken == MaxCheckpointEntries && len(l.entries) > 0, nil
 }
 
 // make gives the state after a checkpoint with these leaves, and its objects: the checkpoint and the tiles that are full now.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -245,7 +244,7 @@ func instanceName(cfg config.Config) (string, error) {
 }
 
 func openLog(ctx context.Context, cfg config.Config, log *slog.Logger) (*auditlog.Log, error) {
-	key, err := logKey(cfg.Audit.Key)
+	key, err := logSigner(cfg.Audit, true)
 	if err != nil {
 		return nil, err
 	}
@@ -262,15 +261,6 @@ func openStore(cfg config.Store, log *slog.Logger) (auditlog.Store, error) {
 		return s3.NewStore(*cfg.S3, log)
 	}
 	return file.NewStore(cfg.Directory)
-}
-
-// logKey loads the key that signs the log, and makes it at the first start.
-func logKey(name string) (ed25519.PrivateKey, error) {
-	key, err := auditlog.LoadKey(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return auditlog.CreateKey(name)
-	}
-	return key, err
 }
 
 // monitor serves health and metrics on a listener of its own. What note says is shown by a gate that is ready all the same.
