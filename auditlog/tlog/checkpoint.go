@@ -70,8 +70,8 @@ func (c *Checkpoint) Encode() ([]byte, error) {
 	return append(append(b, '\n'), n...), nil
 }
 
-// sign signs the checkpoint with an Ed25519 key.
-func (c *Checkpoint) sign(key crypto.Signer) error {
+// Sign signs the checkpoint with an Ed25519 key.
+func (c *Checkpoint) Sign(key crypto.Signer) error {
 	pub, ok := key.Public().(ed25519.PublicKey)
 	if !ok {
 		return errors.New("not an ed25519 key")

@@ -337,7 +337,7 @@ func (l *Log) make(entries [][]byte) (*state, error) {
 	}
 	c := &Checkpoint{Gate: s.Gate, Log: s.Log, Number: s.Number, Time: time.Now().UTC(), Old: s.Tree.Size, Size: tree.Size,
 		Root: tree.Root(), Entries: entries}
-	if err := c.sign(l.cfg.Signer); err != nil {
+	if err := c.Sign(l.cfg.Signer); err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
 	}
 	b, err := c.Encode()

@@ -436,7 +436,7 @@ func TestLost(t *testing.T) {
 // Every byte of a checkpoint's object counts, also those that base64 does not need.
 func TestFlipped(t *testing.T) {
 	c := &Checkpoint{Gate: "g", Log: "l", Number: 3, Time: time.Unix(1, 5).UTC(), Old: 1, Size: 3, Entries: [][]byte{[]byte("abcd"), {}}}
-	must(t, c.sign(testKey))
+	must(t, c.Sign(testKey))
 	b, err := c.Encode()
 	must(t, err)
 	if _, err := ParseCheckpoint(b); err != nil {
@@ -471,7 +471,7 @@ func TestFlipped(t *testing.T) {
 
 func FuzzCheckpoint(f *testing.F) {
 	c := &Checkpoint{Gate: "g", Log: "l", Number: 3, Time: time.Unix(1, 5).UTC(), Old: 1, Size: 2, Entries: [][]byte{[]byte("abcd")}}
-	if err := c.sign(testKey); err != nil {
+	if err := c.Sign(testKey); err != nil {
 		f.Fatal(err)
 	}
 	b, _ := c.Encode()
