@@ -33,6 +33,11 @@ type Config struct {
 	SpoolLimit int64 `yaml:"spool_limit"`
 	// Codec compresses frames: "auto" (zstd, but s2 for what comes fast), "zstd", "s2" or "none". Default "auto".
 	Codec string `yaml:"codec"`
+	// Tree is the directory of the transparency log's state, in the gate's state directory. Empty: there is none.
+	Tree string `yaml:"-"`
+	// CheckpointInterval is the time between two checkpoints of the transparency log when there is nothing to say. Default 45s,
+	// at most 1m, so that one is in the store each minute.
+	CheckpointInterval time.Duration `yaml:"checkpoint_interval"`
 }
 
 // WithDefaults gives the configuration with its unset values set.
@@ -46,6 +51,7 @@ func (c Config) WithDefaults() Config {
 	set(&c.SyncBytes, 8<<20)
 	set(&c.SpoolLimit, 4<<30)
 	set((*int64)(&c.SegmentAge), int64(5*time.Second))
+	set((*int64)(&c.CheckpointInterval), int64(45*time.Second))
 	set((*int64)(&c.SyncInterval), int64(250*time.Millisecond))
 	if c.Codec == "" {
 		c.Codec = "auto"
@@ -69,6 +75,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("segment_age: %v is less than 10ms", c.SegmentAge)
 	case c.SyncInterval < time.Millisecond:
 		return fmt.Errorf("sync_interval: %v is less than 1ms", c.SyncInterval)
+	case c.CheckpointInterval < 100*time.Millisecond || c.CheckpointInterval > time.Minute:
+		return fmt.Errorf("checkpoint_interval: %v is not between 100ms and 1m", c.CheckpointInterval)
 	case c.SyncBytes < 64<<10:
 		return fmt.Errorf("sync_bytes: %d is less than 65536", c.SyncBytes)
 	case c.SpoolLimit < 1<<20:

@@ -2,7 +2,7 @@ package auditlog
 
 import (
 	"context"
-	"crypto/ed25519"
+	"crypto"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 // Store takes sealed segments. It is write-only by shape.
@@ -36,7 +38,7 @@ const lastRoom = 256 << 10
 // Log is a gate's audit log, the writing side.
 type Log struct {
 	cfg   Config
-	key   ed25519.PrivateKey
+	key   signer
 	store Store
 	gate  string
 	log   *slog.Logger
@@ -49,6 +51,9 @@ type Log struct {
 	wall  func() time.Time // for what is written down
 
 	uploads  *uploader
+	tree     *tlog.Log // nil: none is configured
+	stopTree func()
+	queueing atomic.Bool // objects go to uploads; before and after, a look at the spool finds them
 	flushers sync.WaitGroup
 	stop     chan struct{} // closed by Close: ends the folding
 	folding  sync.WaitGroup
@@ -64,11 +69,11 @@ type Log struct {
 // Open opens the log of the gate with this name (ValidID) in cfg.Spool, which no other gate may have open. What an earlier
 // gate left there unsealed is sealed, flagged as interrupted and signed with key; what it did not bring to the store is
 // brought there now. ctx bounds opening alone. Unset values of cfg get their defaults.
-func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
+func Open(ctx context.Context, cfg Config, key crypto.Signer, store Store, gate string, log *slog.Logger) (*Log, error) {
 	return openOn(ctx, osDisk{}, cfg, key, store, gate, log)
 }
 
-func openOn(ctx context.Context, d disk, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
+func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store Store, gate string, log *slog.Logger) (*Log, error) {
 	cfg = cfg.WithDefaults()
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
@@ -76,8 +81,8 @@ func openOn(ctx context.Context, d disk, cfg Config, key ed25519.PrivateKey, sto
 	if !ValidID(gate) {
 		return nil, fmt.Errorf("open log: %q is no name for a gate: want 1 to %d of a-z A-Z 0-9 _ -", gate, maxID)
 	}
-	if len(key) != ed25519.PrivateKeySize {
-		return nil, errors.New("open log: no key")
+	if err := checkKey(key); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
 	}
 	if err := makeSpool(d, cfg.Spool); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
@@ -90,12 +95,17 @@ func openOn(ctx context.Context, d disk, cfg Config, key ed25519.PrivateKey, sto
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
-	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
+	l := &Log{cfg: cfg, key: signer{Signer: key}, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
 		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
 	l.uploads = newUploader(l)
+	if err := l.openTree(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
+	}
+	l.used.Store(0) // recover counts all that is there
 	if err := l.recover(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
+	l.stopTree = l.startTree()
 	l.uploads.start()
 	l.folding.Add(1)
 	go l.foldLoop()
@@ -158,6 +168,11 @@ func (l *Log) Ready() error {
 	}
 	if err := l.room(); err != nil {
 		return err
+	}
+	if l.tree != nil {
+		if err := l.tree.Err(); err != nil {
+			return fmt.Errorf("transparency log: %w", err)
+		}
 	}
 	if failed == nil {
 		return nil
@@ -255,8 +270,9 @@ func (l *Log) Close(ctx context.Context) error {
 	case <-ctx.Done(): // a disk that hangs shall not keep the gate from ending
 		errs = append(errs, context.Cause(ctx))
 	}
+	l.stopTree()
 	l.uploads.close(ctx)
-	errs = append(errs, l.zstd.Close(), l.lock.Close())
+	errs = append(errs, l.closeTree(ctx), l.zstd.Close(), l.lock.Close())
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close log: %w", err)
 	}

@@ -18,7 +18,7 @@ import (
 type spoolFile struct {
 	id     string
 	number uint32
-	suffix string // openSuffix or sealedSuffix
+	suffix string // openSuffix, sealedSuffix or objectSuffix
 	size   int64
 }
 
@@ -28,6 +28,9 @@ func (f spoolFile) path(dir string) string {
 
 // upload reads the header for the name that the object gets.
 func (f spoolFile) upload(dir string) (upload, error) {
+	if f.suffix == objectSuffix {
+		return f.object(dir)
+	}
 	file, err := os.Open(f.path(dir))
 	if err != nil {
 		return upload{}, err
@@ -84,9 +87,11 @@ func readSpool(dir string) ([]spoolFile, error) {
 	return files, nil
 }
 
+var suffixes = []string{openSuffix, sealedSuffix, objectSuffix}
+
 func parseSpoolName(name string) (spoolFile, bool) {
 	parts := strings.Split(name, ".")
-	if len(parts) != 3 || !ValidID(parts[0]) || "."+parts[2] != openSuffix && "."+parts[2] != sealedSuffix {
+	if len(parts) != 3 || !ValidID(parts[0]) || !slices.Contains(suffixes, "."+parts[2]) {
 		return spoolFile{}, false
 	}
 	number, err := parseNumber(parts[1])
@@ -130,6 +135,9 @@ func (l *Log) recover(ctx context.Context) error {
 // recoverLog leaves a log's files sealed up to a last segment.
 func (l *Log) recoverLog(files []spoolFile) error {
 	dir := l.cfg.Spool
+	if files[0].suffix == objectSuffix {
+		return nil
+	}
 	for i, f := range files {
 		if f.suffix == sealedSuffix && i < len(files)-1 {
 			continue

@@ -1,7 +1,6 @@
 package auditlog
 
 import (
-	"crypto/ed25519"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -99,9 +98,12 @@ func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count i
 }
 
 // finish writes the footer and makes the segment's content durable; rename is next.
-func (w *segmentWriter) finish(key ed25519.PrivateKey, now time.Time, last, interrupted bool) (Hash, error) {
+func (w *segmentWriter) finish(key signer, now time.Time, last, interrupted bool) (Hash, error) {
 	f := Footer{Records: w.records, Last: last, Interrupted: interrupted, Time: now}
 	w.hash.Sum(f.Hash[:0])
+	if last {
+		f.Segments, f.LogRecords, f.Tree = w.header.Number+1, w.next, key.tree
+	}
 	payload, err := f.encode(key)
 	if err != nil {
 		return Hash{}, err
