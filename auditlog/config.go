@@ -24,6 +24,10 @@ type Config struct {
 	SpoolLimit int64 `yaml:"spool_limit"`
 	// Codec compresses frames: "auto" (zstd, but s2 for what comes fast), "zstd", "s2" or "none". Default "auto".
 	Codec string `yaml:"codec"`
+	// Recipients are whom the log is encrypted to, as age writes them: age1..., age1pq1... or ssh-ed25519 .... The gate can't read
+	// back what it wrote. RecipientsFile is a file of more, one a line. Neither: the log is not encrypted.
+	Recipients     []string `yaml:"recipients"`
+	RecipientsFile string   `yaml:"recipients_file"`
 }
 
 // WithDefaults gives the configuration with its unset values set.

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -42,6 +43,8 @@ type Log struct {
 	used  atomic.Int64 // bytes in the spool
 	now   func() time.Time
 
+	recipients []age.Recipient // whom segments are encrypted to; none: they are in the clear
+
 	uploads  *uploader
 	flushers sync.WaitGroup
 	stop     chan struct{} // closed by Close: ends the folding
@@ -63,6 +66,10 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
+	recipients, err := cfg.loadRecipients()
+	if err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
 	if !ValidID(gate) {
 		return nil, fmt.Errorf("open log: %q is no name for a gate: want 1 to %d of a-z A-Z 0-9 _ -", gate, maxID)
 	}
@@ -80,7 +87,7 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
-	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, now: time.Now,
+	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, now: time.Now, recipients: recipients,
 		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
 	l.uploads = newUploader(l)
 	if err := l.recover(ctx); err != nil {

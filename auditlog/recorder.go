@@ -34,6 +34,7 @@ type batch struct {
 	b     []byte
 	count int
 	since time.Time // when its first record was made
+	ends  bool      // its last record is an End
 }
 
 // Recorder records one connection. Its methods may be called from several goroutines. The life of one:
@@ -111,7 +112,7 @@ func (r *Recorder) begin() error {
 	if err := l.room(0); err != nil {
 		return err
 	}
-	w, err := createSegment(l.cfg.Spool, Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
+	w, err := l.newSegment(Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
 	if err != nil {
 		l.spoolFailed(err)
 		return err
@@ -164,6 +165,7 @@ func (r *Recorder) add(channel uint32, kind Kind, body []byte) {
 	now := r.log.now()
 	before := r.grow(maxHead + len(body))
 	r.tail.b = append(appendHead(r.tail.b, r.next, now, channel, kind), body...)
+	r.tail.ends = kind == KindEnd
 	r.added(len(r.tail.b)-before, now)
 }
 
@@ -194,6 +196,7 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	before := r.grow(overhead + len(p))
 	b := appendHead(r.tail.b, r.next, now, channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)
+	r.tail.ends = false
 	r.added(len(r.tail.b)-before, now)
 	return nil
 }
@@ -572,7 +575,7 @@ func (r *Recorder) write(b batch, bulk bool) error {
 		r.plain = 0
 	}
 	before := r.w.size
-	if err := r.w.writeFrame(codec, payload, len(b.b), b.count); err != nil {
+	if err := r.w.writeFrame(codec, payload, len(b.b), b.count, b.ends); err != nil {
 		r.log.spoolFailed(err)
 		return err
 	}
@@ -669,7 +672,7 @@ func (r *Recorder) cutSegment() error {
 		l.spoolFailed(err)
 		return err
 	}
-	next, err := createSegment(l.cfg.Spool, old.following(whole, now))
+	next, err := l.newSegment(old.following(whole, now))
 	if err == nil {
 		err = next.sync(next.size)
 	}

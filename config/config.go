@@ -220,6 +220,7 @@ func Parse(b []byte, dir string) (Config, error) {
 	abs(&c.Policy.Policy, "")
 	abs(&c.Audit.Key, in("log.key"))
 	abs(&c.Audit.Spool, in("spool"))
+	abs(&c.Audit.RecipientsFile, "")
 	if c.Audit.Store.S3 == nil {
 		abs(&c.Audit.Store.Directory, in("log"))
 	} else {

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strings"
 
+	"filippo.io/age"
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport/sallyport/auditlog"
@@ -28,6 +29,10 @@ type tool struct {
 	output  string
 	keyFile string
 	utc     bool
+
+	idFiles []string // of -i
+	ids     []age.Identity
+	unread  unread
 }
 
 // source is a store that is open for reading.
@@ -50,6 +55,8 @@ A bucket is read with a credential from the environment (AWS_ACCESS_KEY_ID, AWS_
 (--credentials-file, AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE). It needs s3:ListBucket on the bucket and s3:GetObject on the
 prefix. AWS_ENDPOINT_URL, AWS_REGION and AWS_CA_BUNDLE are taken where the flags are not given.
 
+A log that is encrypted is read with --identity; list and show say what they can't read. verify needs none.
+
 Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 		Example: `  sallyport-audit list --store /var/lib/sallyport/log
   sallyport-audit show latest
@@ -63,6 +70,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 			}
 			return nil
 		},
+		PersistentPostRunE: func(*cobra.Command, []string) error { return t.unread.err(len(t.idFiles) > 0) },
 	}
 	f := root.PersistentFlags()
 	f.StringVar(&t.store, "store", "", "the logs: a directory, or s3://BUCKET/PREFIX (default $"+storeEnv+")")
@@ -75,6 +83,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.BoolVar(&t.bucket.Insecure, "insecure", false, "permit an http:// endpoint on another machine")
 	f.StringVarP(&t.output, "output", "o", "text", "text or json")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
+	f.StringArrayVarP(&t.idFiles, "identity", "i", nil, "file of the identity that an encrypted log is read with, as of age -i; may be repeated")
 	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
@@ -149,7 +158,13 @@ func (t *tool) withSession(ctx context.Context, id string, f func(src auditlog.S
 	if err != nil {
 		return err
 	}
-	return f(src, auditlog.NewSessionReader(src, log, keys...))
+	r, err := t.reader(src, log, keys...)
+	if err != nil {
+		return err
+	}
+	err = f(src, r)
+	t.countUnread(r.Report())
+	return err
 }
 
 // find finds one log: by ID, by the start of one, or the session that began last. Logs of the gate itself are found by ID.

@@ -71,8 +71,12 @@ func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
 		if len(log.Segments) == 0 {
 			continue // verify says so
 		}
-		r := auditlog.NewSessionReader(src, log, keys...)
+		r, err := t.reader(src, log, keys...)
+		if err != nil {
+			return err
+		}
 		s := summarize(ctx, r)
+		t.countUnread(r.Report())
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
@@ -361,6 +365,9 @@ func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
 	}
 	for _, k := range rep.Keys {
 		key += " " + k
+	}
+	if len(rep.Recipients) > 0 {
+		key += ", encrypted to " + clean(strings.Join(rep.Recipients, ", "))
 	}
 	_, err := fmt.Fprintf(out, "%-11s %s  %d segments, %d records, %s, key %s\n", rep.State, id, rep.Segments, rep.Records,
 		size(uint64(rep.Bytes)), key)
