@@ -70,9 +70,9 @@ func (c *frameCipher) open(f frameHeader, stored []byte) ([]byte, error) {
 	return b, nil
 }
 
-// newSegment makes a segment's file, encrypted if the log has recipients.
-func (l *Log) newSegment(h Header) (*segmentWriter, error) {
-	if len(l.recipients) == 0 {
+// newSegment makes a segment's file, encrypted if the log has recipients, unless it shall be plain.
+func (l *Log) newSegment(h Header, plain bool) (*segmentWriter, error) {
+	if len(l.recipients) == 0 || plain {
 		return createSegment(l.cfg.Spool, h)
 	}
 	key := make([]byte, chacha20poly1305.KeySize)

@@ -128,7 +128,7 @@ func decodeHeader(body []byte) (Header, error) {
 	h := Header{Kind: LogKind(w.Kind), Gate: w.Gate, ID: w.ID, LogStart: time.Unix(0, w.LogStart).UTC(),
 		Number: w.Number, Start: time.Unix(0, w.Start).UTC(), First: w.First, Wrapped: w.Wrapped}
 	switch {
-	case h.Kind != SessionLog && h.Kind != GateLog:
+	case h.Kind != SessionLog && h.Kind != GateLog && h.Kind != IndexLog:
 		return Header{}, fmt.Errorf("header: unknown kind of log %d", w.Kind)
 	case !ValidID(h.ID):
 		return Header{}, fmt.Errorf("header: %.80q is no ID", h.ID)

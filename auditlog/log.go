@@ -44,6 +44,8 @@ type Log struct {
 	now   func() time.Time
 
 	recipients []age.Recipient // whom segments are encrypted to; none: they are in the clear
+	index      index
+	indexClear index // beside one that is encrypted
 
 	uploads  *uploader
 	flushers sync.WaitGroup
@@ -89,6 +91,7 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 	}
 	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, now: time.Now, recipients: recipients,
 		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
+	l.index, l.indexClear = index{l: l}, index{l: l, clear: true}
 	l.uploads = newUploader(l)
 	if err := l.recover(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
@@ -106,6 +109,7 @@ func (l *Log) New(id string) *Recorder { return l.newRecorder(SessionLog, id) }
 func (l *Log) newRecorder(kind LogKind, id string) *Recorder {
 	r := &Recorder{log: l, kind: kind, id: id, start: l.now(), lost: make(chan struct{}), done: make(chan struct{}),
 		wake: make(chan struct{}, 1)}
+	r.entry = l.newEntry(kind, id, r.start)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -240,6 +244,7 @@ func (l *Log) Close(ctx context.Context) error {
 	if own != nil {
 		errs = append(errs, own.Close(&End{Cause: "shutdown"}))
 	}
+	errs = append(errs, l.closeIndex())
 	flushed := make(chan struct{})
 	go func() { l.flushers.Wait(); close(flushed) }()
 	select {

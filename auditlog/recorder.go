@@ -48,6 +48,7 @@ type Recorder struct {
 	kind  LogKind
 	id    string
 	start time.Time
+	open  bool          // not encrypted, whatever the log is
 	lost  chan struct{} // closed once err is set
 	done  chan struct{} // closed when the flusher is through after Close
 	wake  chan struct{} // tells the flusher to look; holds one
@@ -68,6 +69,7 @@ type Recorder struct {
 	progress chan struct{} // closed when durable moves; nil while nobody waits
 	err      error         // why the log is lost
 	closeErr error
+	entry    *Entry // in the index; nil: none
 
 	// Owned by Begin, then by the flusher's goroutine, of which there is one at a time.
 	w         *segmentWriter
@@ -76,6 +78,7 @@ type Recorder struct {
 	syncing   *syncing  // nil: none is under way
 	plain     int       // bulk frames in a row that did not compress, or were not tried
 	dirty     time.Time // of the open segment's first record
+	sealed    int64     // bytes of the segments before
 }
 
 // ID is the session's ID.
@@ -112,7 +115,7 @@ func (r *Recorder) begin() error {
 	if err := l.room(0); err != nil {
 		return err
 	}
-	w, err := l.newSegment(Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
+	w, err := l.newSegment(Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start}, r.open)
 	if err != nil {
 		l.spoolFailed(err)
 		return err
@@ -156,17 +159,21 @@ func (r *Recorder) Record(channel uint32, body Body) error {
 	if err := r.admit(len(b)); err != nil {
 		return err
 	}
-	r.add(channel, body.Kind(), b)
+	at := r.add(channel, body.Kind(), b)
+	if r.entry != nil {
+		r.entry.add(at, body)
+	}
 	return nil
 }
 
-// add appends a record whose body is encoded. The lock is held and the record admitted.
-func (r *Recorder) add(channel uint32, kind Kind, body []byte) {
+// add appends a record whose body is encoded, and gives its time. The lock is held and the record admitted.
+func (r *Recorder) add(channel uint32, kind Kind, body []byte) time.Time {
 	now := r.log.now()
 	before := r.grow(maxHead + len(body))
 	r.tail.b = append(appendHead(r.tail.b, r.next, now, channel, kind), body...)
 	r.tail.ends = kind == KindEnd
 	r.added(len(r.tail.b)-before, now)
+	return now
 }
 
 func (r *Recorder) data(channel uint32, s Stream, p []byte, hidden, eof bool) error {
@@ -197,6 +204,10 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	b := appendHead(r.tail.b, r.next, now, channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)
 	r.tail.ends = false
+	if r.entry != nil {
+		r.entry.count(now)
+		r.entry.data(s, len(p))
+	}
 	r.added(len(r.tail.b)-before, now)
 	return nil
 }
@@ -408,7 +419,10 @@ func (r *Recorder) Close(end *End) error {
 	if err := r.log.room(closingSlack); err != nil {
 		r.lose(err)
 	} else {
-		r.add(0, KindEnd, body)
+		at := r.add(0, KindEnd, body)
+		if r.entry != nil {
+			r.entry.add(at, end)
+		}
 	}
 	r.startFlusher()
 	r.notify()
@@ -487,7 +501,7 @@ func (r *Recorder) flush() {
 		if err == nil && r.unsynced > 0 && (late || r.unsynced >= l.cfg.SyncBytes/2) {
 			err = r.sync()
 		}
-		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= l.cfg.SegmentAge) {
+		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= r.segmentAge()) {
 			if err = r.awaitSync(); err == nil {
 				err = r.cutSegment()
 			}
@@ -529,11 +543,11 @@ func (r *Recorder) flush() {
 				return
 			}
 		}
-		wait := l.cfg.SegmentAge
+		wait := r.segmentAge()
 		for _, due := range [...]struct {
 			t time.Time
 			d time.Duration
-		}{{r.tail.since, delay}, {r.unsyncedT, delay}, {r.dirty, l.cfg.SegmentAge}} {
+		}{{r.tail.since, delay}, {r.unsyncedT, delay}, {r.dirty, r.segmentAge()}} {
 			if !due.t.IsZero() {
 				wait = min(wait, due.t.Add(due.d).Sub(l.now()))
 			}
@@ -672,7 +686,7 @@ func (r *Recorder) cutSegment() error {
 		l.spoolFailed(err)
 		return err
 	}
-	next, err := l.newSegment(old.following(whole, now))
+	next, err := l.newSegment(old.following(whole, now), r.open)
 	if err == nil {
 		err = next.sync(next.size)
 	}
@@ -681,6 +695,7 @@ func (r *Recorder) cutSegment() error {
 		return err
 	}
 	l.used.Add(old.size - before + next.size + fileOverhead)
+	r.sealed += old.size
 	r.w = next
 	r.dirty = time.Time{}
 	if err := l.seal(old); err != nil {
@@ -693,7 +708,7 @@ func (r *Recorder) cutSegment() error {
 // finish seals the log.
 func (r *Recorder) finish() {
 	before := r.w.size
-	_, err := r.w.finish(r.log.key, r.log.now(), true, false)
+	whole, err := r.w.finish(r.log.key, r.log.now(), true, false)
 	r.log.used.Add(r.w.size - before)
 	if err != nil {
 		r.log.spoolFailed(err)
@@ -705,6 +720,7 @@ func (r *Recorder) finish() {
 		return
 	}
 	r.allSynced()
+	r.indexSealed(whole)
 	r.mu.Lock()
 	r.running = false
 	r.closeErr = r.err // of a log that was lost for the limit and sealed all the same

@@ -279,9 +279,11 @@ func (l *Log) sealInterrupted(w *segmentWriter, ended bool) error {
 			return err
 		}
 	}
-	if _, err := w.finish(l.key, now, true, true); err != nil {
+	whole, err := w.finish(l.key, now, true, true)
+	if err != nil {
 		return err
 	}
+	l.indexInterrupted(w, whole)
 	l.log.Info("audit log: sealed what an earlier gate left", "id", w.header.ID, "segment", w.header.Number,
 		"since", w.header.LogStart.Format(time.RFC3339))
 	return w.rename()

@@ -38,7 +38,7 @@ type Stored struct {
 	Foreign  []string // names in its place that are not a segment's
 }
 
-// Logs yields the logs below a prefix (SessionPrefix, GatePrefix, "" for both, or longer), each with its segments in order.
+// Logs yields the logs below a prefix (SessionPrefix, GatePrefix, IndexPrefix, "" for all, or longer), each with its segments in order.
 // Objects there that belong to no log come as a Stored without segments, with their names in Foreign.
 func Logs(ctx context.Context, src Source, prefix string) iter.Seq2[Stored, error] {
 	return func(yield func(Stored, error) bool) {
@@ -49,7 +49,7 @@ func Logs(ctx context.Context, src Source, prefix string) iter.Seq2[Stored, erro
 				yield(Stored{}, fmt.Errorf("list %q: %w", prefix, err))
 				return
 			}
-			if !strings.HasPrefix(o.Name, SessionPrefix) && !strings.HasPrefix(o.Name, GatePrefix) {
+			if !strings.HasPrefix(o.Name, SessionPrefix) && !strings.HasPrefix(o.Name, GatePrefix) && !strings.HasPrefix(o.Name, IndexPrefix) {
 				continue // a published key, a note: nothing of ours
 			}
 			n, err := ParseName(o.Name)

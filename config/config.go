@@ -138,7 +138,7 @@ func Default() Config {
 		Backend:    BackendDocker,
 		Docker:     docker.Config{}.WithDefaults(),
 		Kubernetes: kubernetes.Config{}.WithDefaults(),
-		Audit:      Audit{Config: auditlog.Config{}.WithDefaults(), Data: "all"},
+		Audit:      Audit{Config: auditlog.Config{Index: true}.WithDefaults(), Data: "all"},
 		Monitor:    Monitor{Listen: "127.0.0.1:9222"},
 		Logging:    Logging{Format: "text", Level: "info"},
 	}
