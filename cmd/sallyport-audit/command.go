@@ -31,6 +31,7 @@ type tool struct {
 	utc     bool
 
 	idFiles []string // of -i
+	cache   string   // file of an index that the auditor made
 	ids     []age.Identity
 	unread  unread
 }
@@ -84,10 +85,11 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.StringVarP(&t.output, "output", "o", "text", "text or json")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
 	f.StringArrayVarP(&t.idFiles, "identity", "i", nil, "file of the identity that an encrypted log is read with, as of age -i; may be repeated")
+	f.StringVar(&t.cache, "index-cache", "", "file of an index that \"index rebuild\" made, beside the store's own")
 	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
-		t.verifyCommand(), t.versionCommand())
+		t.verifyCommand(), t.indexCommand(), t.versionCommand())
 	return root
 }
 

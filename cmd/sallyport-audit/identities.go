@@ -81,8 +81,11 @@ func (u *unread) err(gave bool) error {
 	if gave {
 		why = "none of the identities given is a recipient"
 	}
-	return fmt.Errorf("not shown: %d records of %d logs, which are encrypted (to %s): %s", u.records, u.sessions,
-		clean(strings.Join(u.types, ", ")), why)
+	to := ""
+	if len(u.types) > 0 {
+		to = " to " + clean(strings.Join(u.types, ", "))
+	}
+	return fmt.Errorf("not shown: %d records of %d logs, which are encrypted%s: %s", u.records, u.sessions, to, why)
 }
 
 // askPassphrase asks on the terminal, not on standard input: that may be a pipe.
