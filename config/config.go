@@ -88,7 +88,7 @@ func (s Store) paths() []string {
 	if s.S3 == nil {
 		return []string{s.Directory}
 	}
-	return []string{s.S3.CredentialsFile}
+	return []string{s.S3.CredentialsFile, s.S3.SSE.KeyFile}
 }
 
 func (s Store) validate() error {
@@ -226,6 +226,7 @@ func Parse(b []byte, dir string) (Config, error) {
 	} else {
 		abs(&c.Audit.Store.S3.CredentialsFile, "")
 		abs(&c.Audit.Store.S3.CAFile, "")
+		abs(&c.Audit.Store.S3.SSE.KeyFile, "")
 	}
 	abs(&c.Admin.Socket, in("admin.sock"))
 	abs(&c.Docker.StateDir, in("docker"))

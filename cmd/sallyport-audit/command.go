@@ -81,6 +81,8 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.StringVar(&t.bucket.CAFile, "ca-file", "", "certificates that may have signed the S3 server's (default $AWS_CA_BUNDLE, or the system's)")
 	f.StringVar(&t.bucket.CredentialsFile, "credentials-file", "", "S3 credential in AWS's format (default: the environment's)")
 	f.StringVar(&t.bucket.Profile, "profile", "", "section of that file (default $AWS_PROFILE, or default)")
+	f.StringVar(&t.bucket.Credentials, "credentials", "", "role: the S3 credential of this machine's or pod's role")
+	f.StringVar(&t.bucket.SSE.KeyFile, "sse-key-file", "", "key of a log that the gate puts with sse.type: customer")
 	f.BoolVar(&t.bucket.Insecure, "insecure", false, "permit an http:// endpoint on another machine")
 	f.StringVarP(&t.output, "output", "o", "text", "text or json")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
@@ -135,6 +137,9 @@ func (t *tool) openBucket(url string) (source, error) {
 	cfg.Endpoint = cmp.Or(cfg.Endpoint, os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"))
 	cfg.Region = cmp.Or(cfg.Region, os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION"))
 	cfg.CAFile = cmp.Or(cfg.CAFile, os.Getenv("AWS_CA_BUNDLE"))
+	if cfg.SSE.KeyFile != "" {
+		cfg.SSE.Type = "customer"
+	}
 	return s3.OpenSource(cfg)
 }
 
