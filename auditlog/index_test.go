@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -18,6 +19,8 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/s3"
+	"github.com/sallyport/sallyport/auditlog/s3/s3test"
 )
 
 // busySession has a record of each kind that an entry tells of.
@@ -357,43 +360,67 @@ func (c *counting) List(ctx context.Context, prefix string) iter.Seq2[auditlog.O
 	return c.Source.List(ctx, prefix)
 }
 
-// BenchmarkIndex is a list over 100,000 sessions: the index read, and each session's entry looked up.
+// BenchmarkIndex is a list over 100,000 sessions in a directory and in a bucket: the index read, all objects listed, each session's entry
+// looked up.
 func BenchmarkIndex(b *testing.B) {
-	dir := b.TempDir()
-	store, err := file.NewStore(filepath.Join(dir, "store"))
+	server, err := s3test.Start(b.TempDir())
+	if errors.Is(err, s3test.ErrNoBinary) && os.Getenv(s3test.RequireEnv) == "" {
+		b.Skip(err)
+	}
 	if err != nil {
 		b.Fatal(err)
 	}
+	defer server.Stop()
 	const sessions = 100_000
-	if err := auditlog.FakeStore(b.Context(), filepath.Join(dir, "spool"), filepath.Join(dir, "store"), store, testKey, sessions); err != nil {
-		b.Fatal(err)
-	}
-	fileSource, err := file.OpenSource(filepath.Join(dir, "store"))
+	dir := server.Dir(s3test.Prefix)
+	store, err := file.NewStore(dir)
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer fileSource.Close()
-	src := &counting{Source: fileSource}
-	b.ResetTimer()
-	for range b.N {
-		src.opened.Store(0)
-		x, err := auditlog.ReadIndex(b.Context(), src, auditlog.IndexOptions{Keys: []ed25519.PublicKey{testPublic()}})
-		if err != nil {
-			b.Fatal(err)
-		}
-		found := 0
-		for log, err := range auditlog.Logs(b.Context(), src, auditlog.SessionPrefix) {
-			if err != nil {
-				b.Fatal(err)
-			}
-			if _, ok := x.Entry(log); ok {
-				found++
-			}
-		}
-		if found != sessions || src.opened.Load() > 500 {
-			b.Fatalf("%d of %d sessions, %d objects read", found, sessions, src.opened.Load())
-		}
+	if err := auditlog.FakeStore(b.Context(), filepath.Join(b.TempDir(), "spool"), dir, store, testKey, sessions); err != nil {
+		b.Fatal(err)
 	}
-	b.ReportMetric(float64(src.opened.Load()), "objects")
-	b.ReportMetric(float64(sessions)*float64(b.N)/b.Elapsed().Seconds(), "sessions/s")
+	fromFile, err := file.OpenSource(dir)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer fromFile.Close()
+	credentials := filepath.Join(b.TempDir(), "credentials")
+	if err := s3test.Reader.WriteCredentials(credentials); err != nil {
+		b.Fatal(err)
+	}
+	fromBucket, err := s3.OpenSource(s3.Config{Bucket: s3test.Bucket, Prefix: s3test.Prefix, Endpoint: server.Endpoint(), CredentialsFile: credentials})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer fromBucket.Close()
+	for name, source := range map[string]auditlog.Source{"directory": fromFile, "bucket": fromBucket} {
+		b.Run(name, func(b *testing.B) {
+			src := &counting{Source: source}
+			var index time.Duration
+			for b.Loop() {
+				src.opened.Store(0)
+				start := time.Now()
+				x, err := auditlog.ReadIndex(b.Context(), src, auditlog.IndexOptions{Keys: []ed25519.PublicKey{testPublic()}})
+				if err != nil {
+					b.Fatal(err)
+				}
+				index += time.Since(start)
+				found := 0
+				for log, err := range auditlog.Logs(b.Context(), src, auditlog.SessionPrefix) {
+					if err != nil {
+						b.Fatal(err)
+					}
+					if _, ok := x.Entry(log); ok {
+						found++
+					}
+				}
+				if found != sessions || src.opened.Load() > 500 {
+					b.Fatalf("%d of %d sessions, %d objects read", found, sessions, src.opened.Load())
+				}
+			}
+			b.ReportMetric(float64(src.opened.Load()), "objects")
+			b.ReportMetric(index.Seconds()/float64(b.N), "index-s")
+		})
+	}
 }

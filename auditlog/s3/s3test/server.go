@@ -68,7 +68,9 @@ func Start(dir string) (*Server, error) { return start(&Server{dir: dir}) }
 func StartLocked(dir string) (*Server, error) { return start(&Server{dir: dir, locked: true}) }
 
 // StartDomain starts one whose buckets are hosts below a domain as well: BUCKET.DOMAIN.
-func StartDomain(dir, domain string) (*Server, error) { return start(&Server{dir: dir, domain: domain}) }
+func StartDomain(dir, domain string) (*Server, error) {
+	return start(&Server{dir: dir, domain: domain})
+}
 
 // StartTLS starts one that speaks TLS, with a certificate for 127.0.0.1 of an authority made for it; see CAFile.
 func StartTLS(dir string) (*Server, error) {
@@ -119,6 +121,11 @@ func (s *Server) Endpoint() string {
 
 // Addr is where it listens, host:port.
 func (s *Server) Addr() string { return s.addr }
+
+// Dir is the directory in which the server keeps what lies below a prefix of the bucket.
+func (s *Server) Dir(prefix string) string {
+	return filepath.Join(s.dir, "data", Bucket, filepath.FromSlash(prefix))
+}
 
 // CAFile holds the certificate of the authority that has signed the server's. It exists if it was started by StartTLS.
 func (s *Server) CAFile() string { return filepath.Join(s.dir, caFile) }
