@@ -158,6 +158,24 @@ func unwrapKey(wrapped []byte, ids []age.Identity) ([]byte, error) {
 	return key, nil
 }
 
+// RecipientTypes checks the configuration of the log, but for its directories, and says of which types its recipients are, as age
+// names them; none: the log is not encrypted.
+func (c Config) RecipientTypes() ([]string, error) {
+	c = c.WithDefaults()
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	all, err := c.loadRecipients()
+	if err != nil || len(all) == 0 {
+		return nil, err
+	}
+	wrapped, err := wrapKey(make([]byte, chacha20poly1305.KeySize), all)
+	if err != nil {
+		return nil, err
+	}
+	return recipientTypes(wrapped)
+}
+
 // loadRecipients reads those of the configuration, and sees whether a key can be wrapped to all of them at once.
 func (c Config) loadRecipients() ([]age.Recipient, error) {
 	var all []age.Recipient

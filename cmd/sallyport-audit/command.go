@@ -86,7 +86,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.BoolVar(&t.bucket.Insecure, "insecure", false, "permit an http:// endpoint on another machine")
 	f.StringVarP(&t.output, "output", "o", "text", "text or json")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
-	f.StringArrayVarP(&t.idFiles, "identity", "i", nil, "file of the identity that an encrypted log is read with, as of age -i; may be repeated")
+	f.StringArrayVarP(&t.idFiles, "identity", "i", nil, "file of the identity that an encrypted log is read with, as of age -i; may be repeated (default $"+identityEnv+")")
 	f.StringVar(&t.cache, "index-cache", "", "file of an index that \"index rebuild\" made, beside the store's own")
 	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))

@@ -103,8 +103,9 @@ func TestIndex(t *testing.T) {
 				t.Errorf("%v: exit code %d, want %d with %q and without %q:\n%s%s", args, got, code, want, none, out, errs)
 			}
 		}
-		run(0, `"commands":["uptime s1"],"input_bytes":0,"output_bytes":0,"cause":"client-left","state":"indexed","from_index":true`, `"state":"sealed"`, "list", "-o", "json")
-		run(0, `"state":"sealed"`, "indexed", "list", "-o", "json", "--no-index")
+		run(0, `"commands":["uptime s1"],"input_bytes":0,"output_bytes":0,"cause":"client-left","state":"sealed","from_index":true`, "", "list", "-o", "json")
+		run(0, "sealed (index)", "", "list")
+		run(0, `"state":"sealed"`, "from_index", "list", "-o", "json", "--no-index")
 		run(0, "2 sessions, 2 indexed", "not there", "index", "status")
 		run(0, "2 logs compared: 0 otherwise in the index, 0 not usable from it", "", "index", "verify")
 		run(0, " 0 damaged;", "", "verify")
@@ -146,7 +147,7 @@ func TestIndex(t *testing.T) {
 		if err := os.RemoveAll(filepath.Join(dir, "index")); err != nil {
 			t.Fatal(err)
 		}
-		run(0, `"state":"sealed"`, "indexed", "list", "-o", "json")
+		run(0, `"state":"sealed"`, "from_index", "list", "-o", "json")
 		cache := filepath.Join(t.TempDir(), "cache")
 		run(1, "not there: make it with", "", "list", "--index-cache", cache)
 		run(0, "1 sessions in", "", "index", "rebuild", "--index-cache", cache)
@@ -154,7 +155,7 @@ func TestIndex(t *testing.T) {
 		if err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("%v %v", info.Mode(), err)
 		}
-		run(0, `"state":"indexed"`, "", "list", "-o", "json", "--index-cache", cache)
+		run(0, `"from_index":true`, "", "list", "-o", "json", "--index-cache", cache)
 		run(1, "not a cache", "", "list", "--index-cache", nativeAuditor)
 		run(1, "say --index-cache", "", "index", "rebuild")
 	}

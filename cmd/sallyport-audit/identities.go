@@ -17,12 +17,18 @@ import (
 	"github.com/sallyport/sallyport/auditlog/agekeys"
 )
 
+// identityEnv names a file of identities where no -i does.
+const identityEnv = "SALLYPORT_IDENTITY"
+
 // identities reads the files of -i, once: those that an encrypted log is decrypted with.
 func (t *tool) identities() ([]age.Identity, error) {
 	if t.ids != nil {
 		return t.ids, nil
 	}
 	var all []age.Identity
+	if env := os.Getenv(identityEnv); env != "" && len(t.idFiles) == 0 {
+		t.idFiles = []string{env}
+	}
 	for _, f := range t.idFiles {
 		ids, err := agekeys.LoadIdentities(f, askPassphrase)
 		if err != nil {

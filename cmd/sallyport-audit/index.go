@@ -17,8 +17,8 @@ import (
 	"github.com/sallyport/sallyport/auditlog"
 )
 
-// stateIndexed is the state of a session whose log was not read: what is told of it is the index's word.
-const stateIndexed auditlog.State = "indexed"
+// fromIndex marks, in a table, a session whose log was not read: what is told of it, its state too, is the index's word.
+const fromIndex = " (index)"
 
 // index reads the store's index, and the cache's. Sessions that it does not have, or not as the store has them, are read from their
 // logs.
@@ -51,7 +51,7 @@ func (t *tool) index(ctx context.Context, src auditlog.Source, keys []ed25519.Pu
 // indexedSummary is what an entry tells of a session.
 func indexedSummary(e auditlog.Entry) summary {
 	s := summary{ID: e.ID, User: e.User, Ticket: e.Ticket, Source: e.Source, Start: e.Start, End: e.End, Seconds: e.End.Sub(e.Start).Seconds(),
-		Commands: e.Commands, Input: e.Input, Output: e.Output, Cause: e.Cause, State: stateIndexed, Indexed: true}
+		Commands: e.Commands, Input: e.Input, Output: e.Output, Cause: e.Cause, State: auditlog.Sealed, Indexed: true}
 	if s.Commands == nil {
 		s.Commands = []string{}
 	}
@@ -63,8 +63,8 @@ func (t *tool) indexCommand() *cobra.Command {
 		Use: "index", Short: "Look at a store's index, compare it with the logs, or make one of your own",
 		Long: `Look at a store's index, compare it with the logs, or make one of your own.
 
-A gate indexes its sessions, so that list need not read every log. What comes from an index is the gate's word, signed; list says
-"indexed" of such sessions, and reads the log of every session that the index does not have as the store has it.`,
+A gate indexes its sessions, so that list need not read every log. What comes from an index is the gate's word, signed; list marks
+such sessions with "(index)", and reads the log of every session that the index does not have as the store has it.`,
 	}
 	c.AddCommand(t.indexStatusCommand(), t.indexVerifyCommand(), t.indexRebuildCommand())
 	return c

@@ -42,7 +42,7 @@ func (t *tool) listCommand() *cobra.Command {
 	var noIndex bool
 	c := &cobra.Command{
 		Use: "list [STORE]", Short: "List the sessions", Args: cobra.MaximumNArgs(1),
-		Long: `List the sessions. Of those in the state "indexed" the log was not read: what is told of them is what the gate wrote into its
+		Long: `List the sessions. Of those that are marked "(index)" the log was not read: what is told of them is what the gate wrote into its
 index, signed. See --no-index, and verify.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""
@@ -104,12 +104,16 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, out io.Writer
 			}
 			continue
 		}
+		state := string(s.State)
+		if s.Indexed {
+			state += fromIndex
+		}
 		commands := fmt.Sprint(len(s.Commands))
 		if len(s.Commands) == 1 {
 			commands = short(clean(s.Commands[0]), 40)
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, dash(clean(s.User)), dash(clean(s.Ticket)), dash(clean(s.Source)),
-			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), s.State)
+			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), state)
 	}
 	return w.Flush()
 }
