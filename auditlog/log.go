@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/sallyport/sallyport/auditlog/tlog"
@@ -50,6 +51,10 @@ type Log struct {
 	now   func() time.Time // for intervals: its readings are of the monotonic clock
 	wall  func() time.Time // for what is written down
 
+	recipients []age.Recipient // whom segments are encrypted to; none: they are in the clear
+	index      index
+	indexClear index // beside one that is encrypted
+
 	uploads  *uploader
 	tree     *tlog.Log // nil: none is configured
 	stopTree func()
@@ -78,6 +83,10 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
+	recipients, err := cfg.loadRecipients()
+	if err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
 	if !ValidID(gate) {
 		return nil, fmt.Errorf("open log: %q is no name for a gate: want 1 to %d of a-z A-Z 0-9 _ -", gate, maxID)
 	}
@@ -96,7 +105,9 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
 	l := &Log{cfg: cfg, key: signer{Signer: key}, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
+		recipients: recipients,
 		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
+	l.index, l.indexClear = index{l: l}, index{l: l, clear: true}
 	l.uploads = newUploader(l)
 	if err := l.openTree(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
@@ -119,6 +130,7 @@ func (l *Log) New(id string) *Recorder { return l.newRecorder(SessionLog, id) }
 func (l *Log) newRecorder(kind LogKind, id string) *Recorder {
 	r := &Recorder{log: l, kind: kind, id: id, start: l.wall(), lost: make(chan struct{}), done: make(chan struct{}),
 		wake: make(chan struct{}, 1)}
+	r.entry = l.newEntry(kind, id, r.start)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -263,6 +275,7 @@ func (l *Log) Close(ctx context.Context) error {
 	if own != nil {
 		errs = append(errs, own.Close(&End{Cause: "shutdown"}))
 	}
+	errs = append(errs, l.closeIndex())
 	flushed := make(chan struct{})
 	go func() { l.flushers.Wait(); close(flushed) }()
 	select {

@@ -183,7 +183,7 @@ func (l *Log) recoverLog(files []spoolFile) error {
 	return nil
 }
 
-// scan is what a segment's file holds that is whole.
+// scan is what a segment's file holds that is whole, as far as it can be told without the auditors' keys.
 type scan struct {
 	whole  bool // the header is
 	header Header
@@ -210,16 +210,15 @@ func scanSegment(path string) (scan, error) {
 	}
 	s := scan{whole: true, header: r.Header()}
 	for {
-		rec, err := r.Next()
+		_, err := r.Next()
 		if errors.As(err, &damage) && damage.Cause == nil || errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return scan{}, err
 		}
-		_, s.ended = rec.Body.(*End)
 	}
-	s.good, s.next = r.Whole(), r.NextSequence()
+	s.good, s.next, s.ended = r.Whole(), r.NextSequence(), r.ended
 	if footer, ok := r.Footer(); ok {
 		s.footer, s.hash = &footer, r.Hash()
 	}
@@ -284,13 +283,15 @@ func (l *Log) sealInterrupted(w *segmentWriter, ended bool) error {
 			return err
 		}
 		rec := append(appendHead(nil, w.next, now, 0, KindEnd), body...)
-		if err := w.writeFrame(codecNone, rec, len(rec), 1); err != nil {
+		if err := w.writeFrame(codecNone, rec, len(rec), 1, true); err != nil {
 			return err
 		}
 	}
-	if _, err := w.finish(l.key, now, true, true); err != nil {
+	whole, err := w.finish(l.key, now, true, true)
+	if err != nil {
 		return err
 	}
+	l.indexInterrupted(w, whole)
 	l.log.Info("audit log: sealed what an earlier gate left", "id", w.header.ID, "segment", w.header.Number,
 		"since", w.header.LogStart.Format(time.RFC3339))
 	return w.rename()
