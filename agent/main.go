@@ -68,11 +68,13 @@ func Main(args []string, stdout, stderr io.Writer) int {
 		err = serveCommand(args[2:])
 	case len(args) > 1 && args[1] == "relay":
 		err = relayCommand(args[2:])
+	case len(args) == 2 && args[1] == "end":
+		err = endContainer()
 	case len(args) == 3 && args[1] == "install":
 		err = install(args[2])
 	default:
 		err = errors.New("usage: sallyport-agent serve --key KEY (--socket PATH | --relay PATH) | relay --socket PATH | " +
-			"install DIRECTORY | version")
+			"install DIRECTORY | end | version")
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "sallyport-agent:", err)
@@ -85,6 +87,9 @@ func exitCode(err error) int {
 	if errors.Is(err, errRelayGone) {
 		return ExitRelay
 	}
+	if errors.Is(err, errSharedUID) {
+		return ExitShared
+	}
 	return 1
 }
 
@@ -93,7 +98,7 @@ func relayCommand(args []string) error {
 	f := flag.NewFlagSet("relay", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	socket := f.String("socket", RelaySocket, "path of the agent's socket")
-	pid := f.Int("pid", 1, "the agent's process")
+	pid := f.Int("pid", 1, "the agent's process; 0: whichever of this container's listens")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -112,8 +117,14 @@ func serveCommand(args []string) error {
 	f.StringVar(&c.Socket, "socket", "", "path of the gate's socket")
 	f.StringVar(&c.Relay, "relay", "", "path of a socket to be made for a relay, instead of the gate's")
 	f.StringVar(&c.Home, "home", "", "home directory")
+	alone := f.Bool("own-uid", false, "end if a process of another container in the process namespace has this uid")
 	if err := f.Parse(args); err != nil {
 		return err
+	}
+	if *alone {
+		if err := refuseSharedUID(); err != nil {
+			return err
+		}
 	}
 	b, err := base64.StdEncoding.DecodeString(*text)
 	if err != nil || len(b) != ed25519.PublicKeySize {

@@ -33,6 +33,7 @@ type sandbox struct {
 	id      string
 	info    backends.Info
 	client  *agent.Client
+	joined  *joining // nil: the sandbox has joined no target
 
 	death chan string // why the container died, once, from the engine's events
 	done  chan struct{}
@@ -77,6 +78,9 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 		return nil, err
 	}
 	go s.watch()
+	if s.joined != nil {
+		go s.watchTarget()
+	}
 	return s, nil
 }
 
@@ -128,7 +132,16 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 		}
 	}
 	r := build(spec, b.gate, base64.StdEncoding.EncodeToString(public), img, at)
-	s.info = backends.Info{Backend: "docker", Image: t.Image, Digest: digest(t.Image, img), Node: b.node, Spec: r}
+	s.info = backends.Info{Backend: "docker", Image: t.Image, Digest: digest(t.Image, img), Node: b.node}
+	if t.Target != nil {
+		if s.joined, err = b.join(ctx, spec); err != nil {
+			return err
+		}
+		defer s.joined.release()
+		s.joined.into(&r)
+		s.info.Joined = s.joined.info()
+	}
+	s.info.Spec = r
 
 	// Creation and start are carried through once begun: a request given up half-way leaves nobody knows what.
 	engineCtx, stop := detached(ctx)
@@ -139,6 +152,9 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 		return fmt.Errorf("create container: %w", err)
 	}
 	s.id = created.ID
+	if s.joined != nil {
+		s.joined.release()
+	}
 	for _, w := range created.Warnings {
 		b.log.WarnContext(ctx, "engine", "session", s.session, "warning", w)
 	}
@@ -152,9 +168,9 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	if b.relay {
 		call = func(ctx context.Context) (net.Conn, error) { return s.startRelay(ctx, r.Config.User) }
 	}
-	return s.reach(ctx, call, private, agent.Hello{
+	return s.joined.failed(s.reach(ctx, call, private, agent.Hello{
 		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: t.ExecAudit, Reports: spec.Reports,
-	})
+	}))
 }
 
 // reach gets the stream to the agent by call and proves the gate to it.
@@ -355,6 +371,7 @@ func (s *sandbox) watch() {
 	case <-s.ended:
 	case <-time.After(deathWait):
 	}
+	s.err = s.targetCause(s.err)
 	if s.err == nil {
 		s.err = errors.New("the sandbox ended")
 	}
