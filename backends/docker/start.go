@@ -71,7 +71,7 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 		return nil, errors.New("docker: the session has a sandbox already")
 	}
 	if err := s.start(ctx, spec); err != nil {
-		err = fmt.Errorf("docker: %w", err)
+		err = fmt.Errorf("docker: %w", s.joinFailed(ctx, err))
 		if rerr := s.remove(ctx); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
@@ -168,9 +168,9 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	if b.relay {
 		call = func(ctx context.Context) (net.Conn, error) { return s.startRelay(ctx, r.Config.User) }
 	}
-	return s.joined.failed(s.reach(ctx, call, private, agent.Hello{
+	return s.reach(ctx, call, private, agent.Hello{
 		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: t.ExecAudit, Reports: spec.Reports,
-	}))
+	})
 }
 
 // reach gets the stream to the agent by call and proves the gate to it.

@@ -36,7 +36,7 @@ const defaultPerTarget = 4
 // labelTarget is the ID of the container that a sandbox has joined.
 const labelTarget = "sallyport.target"
 
-var containerPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]*\*?$`)
+var containerPattern = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9_.-]*\*?|\*)$`)
 
 func (t Targets) validate() (errs []error) {
 	for _, name := range t.Containers {
@@ -236,9 +236,15 @@ func (j *joining) info() *backends.Joined {
 // sharedUID is the death of an agent that met a process of its own uid.
 const sharedUID = "a process of the target has the session's uid, which permit.target.files is for"
 
-// failed adds words for the user to the failure of a start.
-func (j *joining) failed(err error) error {
-	if j == nil || err == nil || !strings.Contains(err.Error(), sharedUID) {
+// joinFailed adds words for the user to the failure of a start.
+func (s *sandbox) joinFailed(ctx context.Context, err error) error {
+	if s.joined == nil || err == nil {
+		return err
+	}
+	if !strings.Contains(err.Error(), sharedUID) {
+		if ctx.Err() == nil && s.targetGone(ctx) {
+			err = &backends.TextError{Text: "the target " + s.joined.Name + " is not there any more: try again", Err: err}
+		}
 		return err
 	}
 	return &backends.TextError{Text: "the target has processes of the session's own user, and the profile does not permit its files: tell an operator", Err: err}
