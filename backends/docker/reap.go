@@ -137,6 +137,7 @@ func (b *Backend) died(m events.Message, oom bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if s := b.live[m.Actor.Attributes[labelSession]]; s != nil {
+		s.exit.Store(&why)
 		select {
 		case s.death <- why:
 		default:

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -35,7 +36,8 @@ type sandbox struct {
 	client  *agent.Client
 	joined  *joining // nil: the sandbox has joined no target
 
-	death chan string // why the container died, once, from the engine's events
+	death chan string            // why the container died, once, from the engine's events
+	exit  atomic.Pointer[string] // the same, for who looks later
 	done  chan struct{}
 	err   error // set before done is closed
 

@@ -241,7 +241,11 @@ func (s *sandbox) joinFailed(ctx context.Context, err error) error {
 	if s.joined == nil || err == nil {
 		return err
 	}
-	if !strings.Contains(err.Error(), sharedUID) {
+	// What an agent that ended has said is known by its exit code, which the engine tells a moment later.
+	for limit := time.Now().Add(deathWait); s.exit.Load() == nil && ctx.Err() == nil && time.Now().Before(limit); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if why := s.exit.Load(); why == nil || *why != sharedUID {
 		if ctx.Err() == nil && s.targetGone(ctx) {
 			err = &backends.TextError{Text: "the target " + s.joined.Name + " is not there any more: try again", Err: err}
 		}
