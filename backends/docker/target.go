@@ -274,10 +274,12 @@ func (s *sandbox) targetGone(ctx context.Context) bool {
 // rewait is the time until an engine that did not answer is asked again.
 const rewait = time.Second
 
-// watchTarget ends the session when its target has ended.
+// watchTarget ends the session when its target has ended, or its own container: an agent that is not the first process can be
+// killed, and an engine may go on with the relay's stream for a while.
 func (s *sandbox) watchTarget() {
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
+	own, _ := s.backend.engine.ContainerWait(ctx, s.id, container.WaitConditionNotRunning)
 	for {
 		// A restarted one runs again before it can be looked at.
 		ended, failed := s.backend.engine.ContainerWait(ctx, s.joined.ID, container.WaitConditionNextExit)
@@ -287,6 +289,9 @@ func (s *sandbox) watchTarget() {
 		}
 		select {
 		case <-s.done:
+			return
+		case <-own:
+			s.client.Close()
 			return
 		case <-ended:
 		case <-failed:
