@@ -106,7 +106,7 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 	}
 	l := &Log{cfg: cfg, key: signer{Signer: key}, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
 		recipients: recipients,
-		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
+		stop:       make(chan struct{}), live: make(map[*Recorder]struct{})}
 	l.index, l.indexClear = index{l: l}, index{l: l, clear: true}
 	l.uploads = newUploader(l)
 	if err := l.openTree(); err != nil {

@@ -97,6 +97,11 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 	if t.Image == "" {
 		return spec, refused("no image is named")
 	}
+	if t.Target != nil {
+		if err := b.checkTarget(t); err != nil {
+			return spec, err
+		}
+	}
 	switch t.PullPolicy {
 	case "", "missing", "always", "never":
 	default:

@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"text/tabwriter"
 	"strings"
+	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
