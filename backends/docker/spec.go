@@ -97,6 +97,11 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 	if t.Image == "" {
 		return spec, refused("no image is named")
 	}
+	if t.Target != nil {
+		if err := b.checkTarget(t); err != nil {
+			return spec, err
+		}
+	}
 	switch t.PullPolicy {
 	case "", "missing", "always", "never":
 	default:
@@ -113,8 +118,8 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 			return spec, refused("capability %q is not listed (allow_caps)", name)
 		}
 	}
-	if t.Namespace != "" || len(t.Nodes) > 0 || t.Priority != "" {
-		return spec, refused("namespace, nodes and priority are Kubernetes' alone")
+	if t.Namespace != "" || len(t.Nodes) > 0 || t.Priority != "" || len(t.Spread) > 0 || len(t.Pod) > 0 {
+		return spec, refused("namespace, nodes, priority, spread and pod are Kubernetes' alone")
 	}
 	if t.Network != "" && t.Network != "none" {
 		if reason := neverNetwork(t.Network); reason != "" {

@@ -82,6 +82,8 @@ func TestRefusals(t *testing.T) {
 		{"namespace", config, func(t *backends.Template) { t.Namespace = "x" }, "Kubernetes"},
 		{"node", config, func(t *backends.Template) { t.Nodes = map[string]string{"a": "b"} }, "Kubernetes"},
 		{"priority", config, func(t *backends.Template) { t.Priority = "x" }, "Kubernetes"},
+		{"spread", config, func(t *backends.Template) { t.Spread = []string{"x"} }, "Kubernetes"},
+		{"pod template", config, func(t *backends.Template) { t.Pod = []byte("{}") }, "Kubernetes"},
 		{"config map", config, func(t *backends.Template) {
 			t.Mounts = []backends.Mount{{Type: "configmap", Source: "vol", Target: "/v"}}
 		}, "unknown"},

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -33,8 +34,10 @@ type sandbox struct {
 	id      string
 	info    backends.Info
 	client  *agent.Client
+	joined  *joining // nil: the sandbox has joined no target
 
-	death chan string // why the container died, once, from the engine's events
+	death chan string            // why the container died, once, from the engine's events
+	exit  atomic.Pointer[string] // the same, for who looks later
 	done  chan struct{}
 	err   error // set before done is closed
 
@@ -70,7 +73,7 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 		return nil, errors.New("docker: the session has a sandbox already")
 	}
 	if err := s.start(ctx, spec); err != nil {
-		err = fmt.Errorf("docker: %w", err)
+		err = fmt.Errorf("docker: %w", s.joinFailed(ctx, err))
 		if ctx.Err() == nil {
 			b.forgetVolume()
 		}
@@ -80,6 +83,9 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 		return nil, err
 	}
 	go s.watch()
+	if s.joined != nil {
+		go s.watchTarget()
+	}
 	return s, nil
 }
 
@@ -129,7 +135,16 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 		}
 	}
 	r := build(spec, b.gate, base64.StdEncoding.EncodeToString(public), img, at)
-	s.info = backends.Info{Backend: "docker", Image: t.Image, Digest: digest(t.Image, img), Node: b.node, Spec: r}
+	s.info = backends.Info{Backend: "docker", Image: t.Image, Digest: digest(t.Image, img), Node: b.node}
+	if t.Target != nil {
+		if s.joined, err = b.join(ctx, spec); err != nil {
+			return err
+		}
+		defer s.joined.release()
+		s.joined.into(&r)
+		s.info.Joined = s.joined.info()
+	}
+	s.info.Spec = r
 
 	err = s.run(ctx, r)
 	if err != nil && b.relay && s.id != "" && ctx.Err() == nil {
@@ -167,6 +182,9 @@ func (s *sandbox) run(ctx context.Context, r request) error {
 		return fmt.Errorf("create container: %w", err)
 	}
 	s.id = created.ID
+	if s.joined != nil {
+		s.joined.release()
+	}
 	for _, w := range created.Warnings {
 		b.log.WarnContext(ctx, "engine", "session", s.session, "warning", w)
 	}
@@ -382,6 +400,7 @@ func (s *sandbox) watch() {
 	case <-s.ended:
 	case <-time.After(deathWait):
 	}
+	s.err = s.targetCause(s.err)
 	if s.err == nil {
 		s.err = errors.New("the sandbox ended")
 	}
