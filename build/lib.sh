@@ -315,12 +315,12 @@ cluster_up() {
 	rm -f "$log"
 }
 
-# cluster_image IMAGE: copies an image from the Docker engine to a cluster of this machine.
-cluster_image() {
+# cluster_images IMAGE...: copies images from the Docker engine to a cluster of this machine, layers that they share once.
+cluster_images() {
 	[ -n "$cluster" ] || return 0
 	# shellcheck disable=SC2016 # for the inner shell
-	run bash -c 'set -o pipefail; docker save "$1" | "$2" import -' - "$1" "$cluster" ||
-		die "the cluster does not take the image $1"
+	run bash -c 'set -o pipefail; cluster=$1; shift; docker save "$@" | "$cluster" import -' - "$cluster" "$@" ||
+		die "the cluster does not take the images $*"
 }
 
 # cluster_down: ends the cluster that is ours.
