@@ -281,7 +281,7 @@ kubeconfig_says() {
 	if has kubectl; then
 		echo "context $(kubectl config current-context 2>/dev/null || echo -), $(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}' 2>/dev/null || echo "no server")"
 	else
-		echo "context $(sed -n 's/^current-context: *//p' "${KUBECONFIG%%:*}" 2>/dev/null || echo -)"
+		echo "context $(sed -n 's/^current-context: *//p' "$KUBECONFIG" 2>/dev/null || echo -)"
 	fi
 }
 
@@ -290,8 +290,9 @@ kubeconfig_says() {
 # run of the same NAME started and, killed, could not end.
 cluster_up() {
 	if [ -n "${KUBECONFIG:-}" ]; then
-		step "using the cluster of KUBECONFIG, $KUBECONFIG: $(kubeconfig_says)"
-		cluster_kubeconfig=$KUBECONFIG
+		# The tests run in other directories.
+		cluster_kubeconfig=$(realpath -e -- "$KUBECONFIG" 2>/dev/null) || die "KUBECONFIG=$KUBECONFIG is not one file"
+		step "using the cluster of KUBECONFIG, $cluster_kubeconfig: $(kubeconfig_says)"
 		return 0
 	fi
 	is_root || die "no cluster: set KUBECONFIG, or run this as root, which starts one"

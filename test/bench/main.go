@@ -214,7 +214,7 @@ type sizes struct {
 
 var (
 	full = sizes{bulk: 1 << 30, content: 256 << 20, file: 1 << 30, keys: 40, burst: 50, idle: []int{0, 20, 100},
-		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 3 * time.Minute}
+		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 2 * time.Minute}
 	small = sizes{bulk: 32 << 20, content: 16 << 20, file: 16 << 20, keys: 5, burst: 4, idle: []int{0, 2, 4},
 		grants: []int{10, 1000}, decision: 50, stream: 8 << 20, watch: 5 * time.Second}
 )
