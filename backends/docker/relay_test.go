@@ -272,7 +272,7 @@ func TestVolumeStolen(t *testing.T) {
 			}
 		})
 	}
-	for range 12 {
+	for range 8 {
 		had := stolen.Load()
 		for limit := time.Now().Add(time.Minute); stolen.Load() < had+3 && time.Now().Before(limit); {
 			time.Sleep(time.Millisecond)
@@ -301,7 +301,7 @@ func TestVolumeOfKilledGate(t *testing.T) {
 	engine := requireEngine(t)
 	ctx := context.Background()
 	b := newBackend(t, byRelay)
-	b.helperAge = 15 * time.Second
+	b.helperAge = 20 * time.Second
 	if err := engine.VolumeRemove(ctx, b.file.volume(), false); err != nil {
 		t.Fatal(err)
 	}
