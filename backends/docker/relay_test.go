@@ -155,11 +155,11 @@ func TestVolume(t *testing.T) {
 		}
 	}
 	works("at first")
-	if err := engine.VolumeRemove(ctx, name, false); err != nil {
+	if err := b.removeVolume(ctx, name); err != nil {
 		t.Fatal(err)
 	}
 	works("after its removal")
-	if err := engine.VolumeRemove(ctx, name, false); err != nil {
+	if err := b.removeVolume(ctx, name); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := engine.VolumeCreate(ctx, volume.CreateOptions{Name: name}); err != nil { // by the engine itself, say
@@ -208,7 +208,7 @@ func TestVolume(t *testing.T) {
 		works("after " + what)
 	}
 
-	if err := engine.VolumeRemove(ctx, name, false); err != nil {
+	if err := b.removeVolume(ctx, name); err != nil {
 		t.Fatal(err)
 	}
 	var all sync.WaitGroup
@@ -239,7 +239,7 @@ func TestVolume(t *testing.T) {
 	if _, err := engine.VolumeInspect(ctx, old[1]); err != nil {
 		t.Errorf("an old volume in use: %v", err)
 	}
-	if err := engine.VolumeRemove(ctx, old[1], false); err != nil {
+	if err := b.removeVolume(ctx, old[1]); err != nil {
 		t.Error(err)
 	}
 	works("at last")
@@ -302,7 +302,7 @@ func TestVolumeOfKilledGate(t *testing.T) {
 	ctx := context.Background()
 	b := newBackend(t, byRelay)
 	b.helperAge = 20 * time.Second
-	if err := engine.VolumeRemove(ctx, b.file.volume(), false); err != nil {
+	if err := b.removeVolume(ctx, b.file.volume()); err != nil {
 		t.Fatal(err)
 	}
 	// What there is when it dies in the middle: the helper, its image, and a part of the agent.
