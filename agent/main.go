@@ -72,11 +72,13 @@ func Main(args []string, stdout, stderr io.Writer) int {
 		err = relayCommand(args[2:])
 	case len(args) > 1 && args[1] == "pin":
 		err = pinCommand(args[2:])
+	case len(args) == 2 && args[1] == "end":
+		err = endContainer()
 	case len(args) == 3 && args[1] == "install":
 		err = install(args[2])
 	default:
 		err = errors.New("usage: sallyport-agent serve --key KEY (--socket PATH | --relay PATH [--direct ADDRESS]) | " +
-			"relay --socket PATH | pin --socket PATH | install DIRECTORY | version")
+			"relay --socket PATH | pin --socket PATH | install DIRECTORY | end | version")
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "sallyport-agent:", err)
@@ -88,6 +90,9 @@ func Main(args []string, stdout, stderr io.Writer) int {
 func exitCode(err error) int {
 	if errors.Is(err, errRelayGone) {
 		return ExitRelay
+	}
+	if errors.Is(err, errSharedUID) {
+		return ExitShared
 	}
 	return 1
 }
@@ -106,7 +111,7 @@ func relayFlags(args []string) (socket string, pid int, err error) {
 	f := flag.NewFlagSet("relay", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&socket, "socket", RelaySocket, "path of the agent's socket")
-	f.IntVar(&pid, "pid", 1, "the agent's process")
+	f.IntVar(&pid, "pid", 1, "the agent's process; 0: whichever of this container's listens")
 	return socket, pid, f.Parse(args)
 }
 
@@ -123,8 +128,14 @@ func serveCommand(args []string) error {
 	f.StringVar(&c.Relay, "relay", "", "path of a socket to be made for a relay, instead of the gate's")
 	f.StringVar(&c.Direct, "direct", "", "address to wait for the gate at, instead of a relay")
 	f.StringVar(&c.Home, "home", "", "home directory")
+	alone := f.Bool("own-uid", false, "end if a process of another container in the process namespace has this uid")
 	if err := f.Parse(args); err != nil {
 		return err
+	}
+	if *alone {
+		if err := refuseSharedUID(); err != nil {
+			return err
+		}
 	}
 	b, err := base64.StdEncoding.DecodeString(*text)
 	if err != nil || len(b) != ed25519.PublicKeySize {

@@ -109,6 +109,9 @@ type Spec struct {
 	Template Template `json:"template"`
 	Owner    Owner    `json:"owner"`
 
+	// Join is which one of Template.Target is joined, as Targets gave it; it is set where that is.
+	Join *Running `json:"join,omitempty"`
+
 	// Reports gets what the agent reports, in order, as Template.ExecAudit asks for. While it does not return, programs in
 	// the sandbox wait; an error ends the sandbox. It must not keep its argument. It is called from Start on until Close
 	// has returned.
@@ -137,6 +140,9 @@ type Template struct {
 	Runtime    string    `json:"runtime,omitempty"`     // OCI runtime; empty: the engine's default
 	ExtraHosts []string  `json:"extra_hosts,omitempty"` // "name:address" lines for /etc/hosts
 	ExecAudit  ExecAudit `json:"exec_audit,omitzero"`   // reports of executed programs
+
+	// Target is what the sandbox is to join: see Joiner. A backend that is none refuses it. Nil: nothing.
+	Target *Target `json:"target,omitempty"`
 
 	// Of Kubernetes alone; a backend without them refuses them.
 	Namespace string            `json:"namespace,omitempty"` // empty: the backend's default
@@ -168,6 +174,26 @@ type Owner struct {
 	Expires time.Time `json:"expires"` // the latest end there can be; the sandbox ends by itself soon after
 }
 
+// Session is a session's sandbox as a Shared backend knows it.
+type Session struct {
+	Session string    // session ID
+	Server  string    // the gate's name in the backend, unique there
+	User    string    //
+	Profile string    //
+	Grant   string    // ticket
+	ID      string    // the sandbox's
+	Started time.Time // when the sandbox was made
+}
+
+// Shared is a Backend that knows the sandboxes of all gates that use it.
+type Shared interface {
+	// Running lists those whose sessions go on, in the order of the sessions' IDs.
+	Running(ctx context.Context) ([]Session, error)
+	// EndRunning ends a session by removing its sandbox, and returns it; nil: there is none. The session's own gate records
+	// that the sandbox was removed.
+	EndRunning(ctx context.Context, session string) (*Session, error)
+}
+
 // Info says what a backend started.
 type Info struct {
 	Backend string `json:"backend"`          // "docker", "kubernetes", "memory"
@@ -177,6 +203,8 @@ type Info struct {
 	Spec    any    `json:"spec,omitempty"`   // the backend's own request as sent, without secrets; encodes to JSON
 	// ExecAudit says whether executed programs are reported: "on", "on, strict", "off", or "off: " and why they can't be.
 	ExecAudit string `json:"exec_audit,omitempty"`
+	// Joined is what the sandbox has joined; nil: nothing.
+	Joined *Joined `json:"joined,omitempty"`
 }
 
 // Kind is how a process is started.

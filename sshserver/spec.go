@@ -78,6 +78,16 @@ func specOf(gate, session, user string, d authz.Login) (backends.Spec, error) {
 			return backends.Spec{}, fmt.Errorf("profile %s: permit.data_limit: %w", d.Profile, err)
 		}
 	}
+	if target := p.Target; target != nil {
+		permit := d.Permit.Target
+		if permit == nil || !permit.Network || permit.Files && !permit.Processes {
+			return backends.Spec{}, fmt.Errorf("profile %s: permit.target: network is off, or files is on without processes", d.Profile)
+		}
+		t.Target = &backends.Target{
+			Namespace: target.Namespace, Labels: target.Labels, Workload: target.Workload, Name: target.Name, Container: target.Container,
+			Processes: permit.Processes, Files: permit.Files,
+		}
+	}
 	var err error
 	if t.ExecAudit, err = execAuditOf(p); err != nil {
 		return backends.Spec{}, fmt.Errorf("profile %s: %w", d.Profile, err)

@@ -82,6 +82,7 @@ type Config struct {
 	Containers     []string `yaml:"containers"`      // images of containers that it may add; one may end in *
 	AllowHost      []string `yaml:"allow_host"`      // what of the node's it may share: "network", "ipc"
 
+	Targets    Targets            `yaml:"targets"`          // pods that may be joined; default none
 	Networks   map[string]Network `yaml:"networks"`         // what a profile's network may be
 	PolicyMode string             `yaml:"network_policies"` // "create" (default): the gate keeps them; "refer": they must be there
 
@@ -289,6 +290,7 @@ func (c Config) Validate() error {
 			bad("networks.%s.policy: the gate names the policies where network_policies is create", name)
 		}
 	}
+	errs = append(errs, c.Targets.validate()...)
 	if c.Memory < minMemory || c.Memory > c.MaxMemory {
 		bad("memory: must be from %v to max_memory", Size(minMemory))
 	}
@@ -363,6 +365,8 @@ type Backend struct {
 	mu   sync.Mutex          // guards what follows
 	live map[string]*sandbox // by session: from before anything of it exists until all of it is gone
 	used map[slot]bool       // names that sandboxes of this gate have
+
+	guests map[*guest]bool // sandboxes in targets
 }
 
 var _ backends.Backend = (*Backend)(nil)

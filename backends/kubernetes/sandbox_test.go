@@ -247,9 +247,9 @@ func TestReap(t *testing.T) {
 		return nil
 	}
 	// Another gate's pods that live are not touched.
-	seen, err := other.reap(context.Background(), nil)
+	seen, err := other.reap(context.Background(), nil, "")
 	if err == nil {
-		_, err = other.reap(context.Background(), seen)
+		_, err = other.reap(context.Background(), seen, "")
 	}
 	if err != nil || left(dead[0]) == nil || left(dead[1]) == nil {
 		t.Fatalf("another gate's living pods are gone (%v)", err)
@@ -268,9 +268,12 @@ func TestReap(t *testing.T) {
 	}
 	killed.mu.Unlock()
 	waitFor(t, "the first to end", func() bool { p := left(dead[0]); return p != nil && finished(p) })
-	seen, err = other.reap(context.Background(), nil)
+	seen, err = other.reap(context.Background(), nil, finishedPods)
+	if err == nil && !seen[dead[0]] {
+		t.Error("a finished pod is not seen")
+	}
 	if err == nil {
-		_, err = other.reap(context.Background(), seen)
+		_, err = other.reap(context.Background(), seen, finishedPods)
 	}
 	if err != nil || left(dead[0]) != nil {
 		t.Errorf("a finished pod of another gate is still there (%v)", err)

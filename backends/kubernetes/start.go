@@ -65,6 +65,9 @@ var (
 
 // Start implements backends.Backend.
 func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox, error) {
+	if spec.Template.Target != nil {
+		return b.startGuest(ctx, spec)
+	}
 	spec, err := b.check(spec)
 	if err != nil {
 		return nil, fmt.Errorf("kubernetes: %w", err)

@@ -340,6 +340,13 @@ func (t *tool) tellEvent(w *textWriter, rec auditlog.Record) {
 			took = "started in " + b.Took.Round(time.Millisecond).String()
 		}
 		w.field("sandbox", b.Backend, b.ID, labelled("image", b.Image), b.Digest, labelled("on", b.Node), took, labelled("exec audit", b.ExecAudit), labelled("failed:", b.Error))
+		if b.Target != "" {
+			w.field("target", b.Target, labelled("container", b.TargetContainer), labelled("image", b.TargetImage), b.TargetDigest,
+				labelled("ID", b.TargetID), labelled("joined:", strings.Join(b.Joined, " ")))
+			for _, text := range b.Weaker {
+				w.field("weaker", text)
+			}
+		}
 	case *auditlog.Request:
 		w.field("request", b.Type, b.Name, labelled("at", b.Value), answer(b.OK), b.Reason)
 	case *auditlog.Forward:
