@@ -34,12 +34,14 @@ func (s lateSandbox) Info() backends.Info {
 	return info
 }
 
-func (s lateSandbox) Digest(ctx context.Context) string {
-	select {
-	case <-s.Done():
-		return s.digest
-	case <-ctx.Done():
-		return ""
+func (s lateSandbox) Digest() func(context.Context) string {
+	return func(ctx context.Context) string {
+		select {
+		case <-s.Done():
+			return s.digest
+		case <-ctx.Done():
+			return ""
+		}
 	}
 }
 
