@@ -168,13 +168,34 @@ func (v *Run) Trees(ctx context.Context) (Summary, error) {
 	return v.done(ctx, v.readTrees(ctx, tlog.Prefix))
 }
 
-// Log verifies one log, with the transparency log of its gate.
+// Log verifies one log, with the transparency logs of its gate.
 func (v *Run) Log(ctx context.Context, stored auditlog.Stored) (Summary, error) {
-	err := v.readTrees(ctx, tlog.Prefix)
+	prefix := tlog.Prefix
+	if gate := v.gateOf(ctx, stored); gate != "" {
+		prefix += gate + "/"
+	}
+	err := v.readTrees(ctx, prefix)
 	if err == nil {
 		err = v.logs(ctx, func(yield func(auditlog.Stored, error) bool) { yield(stored, nil) })
 	}
 	return v.done(ctx, err)
+}
+
+// gateOf is the gate that a log's first segment names, "" if that can't be read.
+func (v *Run) gateOf(ctx context.Context, stored auditlog.Stored) string {
+	if len(stored.Segments) == 0 {
+		return ""
+	}
+	f, err := v.Source.Open(ctx, stored.Segments[0].Name)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	s, err := auditlog.NewSegmentReader(f)
+	if err != nil {
+		return ""
+	}
+	return s.Header().Gate
 }
 
 func (v *Run) done(ctx context.Context, err error) (Summary, error) {
