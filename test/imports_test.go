@@ -52,6 +52,7 @@ var homes = map[string][]string{
 	"github.com/open-policy-agent/opa": {"authz"},
 	"github.com/minio/minio-go/":       {"auditlog/s3"},
 	"golang.org/x/crypto/ssh":          {"sshserver"},
+	"golang.org/x/mod/":                {"auditlog/tlog"},
 	"github.com/hashicorp/yamux":       {"agent"},
 	"github.com/fxamacker/cbor/":       {"auditlog", "agent"},
 }

@@ -28,6 +28,8 @@ const (
 	fresh = 2 * time.Minute
 	// maxDays is the most days that are listed one by one.
 	maxDays = 366
+	// late is how long after a log's end its leaf is worth a word.
+	late = time.Hour
 )
 
 // Options says what is verified, and against what.
@@ -71,6 +73,7 @@ type Summary struct {
 	Logs    map[auditlog.State]int `json:"logs"`
 	Waiting int                    `json:"waiting"` // sealed logs that no checkpoint has yet
 	Outside int                    `json:"outside"` // sealed logs of gates without a transparency log
+	Late    int                    `json:"late"`    // leaves that came more than an hour after the end of their log
 	Missing int                    `json:"missing"` // logs that a leaf names and the store does not have
 	Trees   []Tree                 `json:"-"`
 	Foreign int                    `json:"foreign"` // objects that are not a gate's
@@ -305,6 +308,8 @@ func (v *Run) compare(c *checked) {
 	case there && leaf.hash != shortBytes(c.leaf):
 		damaged("is not the log that the transparency log names")
 	case there:
+	case c.origin == "" && v.hadTree(c):
+		damaged("names no transparency log, though its gate kept one then")
 	case c.origin == "":
 		v.Summary.Outside++
 	case v.waits(c):
@@ -314,6 +319,16 @@ func (v *Run) compare(c *checked) {
 	default:
 		damaged("is not in its transparency log, which went on after its end")
 	}
+}
+
+// hadTree says whether a log's gate kept a transparency log when the log ended: who has the key could leave that out.
+func (v *Run) hadTree(c *checked) bool {
+	for _, t := range v.trees {
+		if t.report.Gate == c.report.Gate && t.report.Checkpoints > 0 && t.report.First.Before(c.end) {
+			return true
+		}
+	}
+	return false
 }
 
 // waits says whether a log without a leaf may be one that is still to get it.

@@ -266,6 +266,27 @@ func TestForged(t *testing.T) {
 	if _, wrong := check(t, s, pinned); !strings.Contains(strings.Join(wrong, "\n"), "is not in the store") {
 		t.Errorf("a session without its transparency log: %q", wrong)
 	}
+	// The same without naming one, and later than the gate's began.
+	g = &gate{t: t, dir: t.TempDir(), store: newStore(), key: 7, noTree: true}
+	g.open()
+	g.session("forged", 10)
+	g.close()
+	s = kept(t)
+	sum, wrong := check(t, g.store.(*store), pinned)
+	if len(wrong) > 0 || sum.Outside != 1 {
+		t.Errorf("a gate without a transparency log: %+v %q", sum, wrong)
+	}
+	later := newStore()
+	g.store, g.dir = later, t.TempDir()
+	g.open()
+	g.session("forged", 10)
+	g.close()
+	for _, n := range later.names("/forged/") {
+		s.m[n] = later.m[n]
+	}
+	if _, wrong := check(t, s, pinned); !strings.Contains(strings.Join(wrong, "\n"), "names no transparency log") {
+		t.Errorf("a session that names no transparency log: %q", wrong)
+	}
 	// The same ID written anew, all signed.
 	g = &gate{t: t, dir: t.TempDir(), store: newStore(), key: 7}
 	g.open()
