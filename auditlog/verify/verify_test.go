@@ -427,14 +427,19 @@ func TestInterrupted(t *testing.T) {
 	r := g.New("s1")
 	must(t, r.Record(0, &auditlog.Connect{Gate: "gate-1"}))
 	must(t, r.Begin())
-	dir := t.TempDir()
+	for end := time.Now().Add(time.Minute); g.Stats().Waiting > 0 || g.Stats().Stored < 2; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("its key and its first checkpoint are not stored")
+		}
+	}
+	dir, then := t.TempDir(), s.clone()
 	copyDir(t, g.dir, dir)
 	must(t, r.Close(&auditlog.End{Cause: "client-left"}))
 	g.close()
-	g.dir, g.store = dir, newStore()
+	g.dir, g.store = dir, then
 	g.open()
 	g.close()
-	sum, wrong := check(t, g.store.(*store), pinned)
+	sum, wrong := check(t, then, pinned)
 	if len(wrong) > 0 || sum.Logs[auditlog.Interrupted] != 1 || sum.Trees[0].Size != 1 || sum.Waiting > 0 {
 		t.Errorf("%+v %q", sum, wrong)
 	}
