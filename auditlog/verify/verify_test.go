@@ -90,7 +90,7 @@ func TestSampled(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	names := slices.Sorted(maps.Keys(s.m))
-	for range 40 {
+	for range 15 {
 		name := names[rnd.IntN(len(names))]
 		whole := s.m[name]
 		i := rnd.IntN(len(whole))
