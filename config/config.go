@@ -113,7 +113,7 @@ func (s Store) paths() []string {
 	if s.S3 == nil {
 		return []string{s.Directory}
 	}
-	return []string{s.S3.CredentialsFile}
+	return []string{s.S3.CredentialsFile, s.S3.SSE.KeyFile}
 }
 
 func (s Store) validate() error {
@@ -163,7 +163,7 @@ func Default() Config {
 		Backend:    BackendDocker,
 		Docker:     docker.Config{}.WithDefaults(),
 		Kubernetes: kubernetes.Config{}.WithDefaults(),
-		Audit:      Audit{Config: auditlog.Config{}.WithDefaults(), Data: "all"},
+		Audit:      Audit{Config: auditlog.Config{Index: true}.WithDefaults(), Data: "all"},
 		Monitor:    Monitor{Listen: "127.0.0.1:9222"},
 		Logging:    Logging{Format: "text", Level: "info"},
 	}
@@ -251,11 +251,13 @@ func Parse(b []byte, dir string) (Config, error) {
 	abs(&c.Audit.PublicKey, "")
 	c.Audit.Tree = in("tlog")
 	abs(&c.Audit.Spool, in("spool"))
+	abs(&c.Audit.RecipientsFile, "")
 	if c.Audit.Store.S3 == nil {
 		abs(&c.Audit.Store.Directory, in("log"))
 	} else {
 		abs(&c.Audit.Store.S3.CredentialsFile, "")
 		abs(&c.Audit.Store.S3.CAFile, "")
+		abs(&c.Audit.Store.S3.SSE.KeyFile, "")
 	}
 	abs(&c.Admin.Socket, in("admin.sock"))
 	abs(&c.Docker.StateDir, in("docker"))

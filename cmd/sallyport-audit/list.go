@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -30,29 +31,39 @@ type summary struct {
 	Output   uint64           `json:"output_bytes"`
 	Cause    string           `json:"cause,omitempty"`
 	State    auditlog.State   `json:"state"`
-	Report   *auditlog.Report `json:"report,omitempty"` // of a damaged one
+	Indexed  bool             `json:"from_index,omitempty"` // the log was not read
+	Report   *auditlog.Report `json:"report,omitempty"`     // of a damaged one
 }
 
 func (t *tool) listCommand() *cobra.Command {
-	return &cobra.Command{
+	var noIndex bool
+	c := &cobra.Command{
 		Use: "list [STORE]", Short: "List the sessions", Args: cobra.MaximumNArgs(1),
+		Long: `List the sessions. Of those that are marked "(index)" the log was not read: what is told of them is what the gate wrote into its
+index, signed. See --no-index, and verify.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""
 			if len(args) > 0 {
 				dir = args[0]
 			}
-			return t.list(c.Context(), dir, c.OutOrStdout())
+			return t.list(c.Context(), dir, noIndex, c.OutOrStdout())
 		},
 	}
+	c.Flags().BoolVar(&noIndex, "no-index", false, "read every session's log")
+	return c
 }
 
-func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
+func (t *tool) list(ctx context.Context, dir string, noIndex bool, out io.Writer) error {
 	src, err := t.open(dir)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
 	keys, err := t.keys()
+	if err != nil {
+		return err
+	}
+	x, err := t.index(ctx, src, keys, time.Time{})
 	if err != nil {
 		return err
 	}
@@ -67,8 +78,20 @@ func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
 		if len(log.Segments) == 0 {
 			continue // verify says so
 		}
-		r := auditlog.NewSessionReader(src, log, keys...)
-		s := summarize(ctx, r)
+		var s summary
+		if e, ok := x.Entry(log); ok && !noIndex {
+			s = indexedSummary(e)
+			if e.Clear {
+				t.countUnread(auditlog.Report{Unread: e.Records})
+			}
+		} else {
+			r, err := t.reader(src, log, keys...)
+			if err != nil {
+				return err
+			}
+			s = summarize(ctx, r)
+			t.countUnread(r.Report())
+		}
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
@@ -78,12 +101,16 @@ func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
 			}
 			continue
 		}
+		state := string(s.State)
+		if s.Indexed {
+			state += fromIndex
+		}
 		commands := fmt.Sprint(len(s.Commands))
 		if len(s.Commands) == 1 {
 			commands = short(clean(s.Commands[0]), 40)
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, dash(clean(s.User)), dash(clean(s.Ticket)), dash(clean(s.Source)),
-			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), s.State)
+			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), state)
 	}
 	return w.Flush()
 }
@@ -215,6 +242,9 @@ func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
 	}
 	for _, k := range rep.Keys {
 		key += " " + k
+	}
+	if len(rep.Recipients) > 0 {
+		key += ", encrypted to " + clean(strings.Join(rep.Recipients, ", "))
 	}
 	_, err := fmt.Fprintf(out, "%-11s %s  %d segments, %d records, %s, key %s\n", rep.State, id, rep.Segments, rep.Records,
 		size(uint64(rep.Bytes)), key)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -94,6 +95,10 @@ func check(ctx context.Context, name string, out io.Writer) error {
 		err = nil // as the host keys
 	}
 	say("log key", err)
+	to, err := cfg.Audit.Config.RecipientTypes()
+	if say("log", err) && len(to) > 0 {
+		fmt.Fprintf(out, "%-10s note: encrypted to %s\n", "log", strings.Join(to, ", "))
+	}
 	store, err := openStore(cfg.Audit.Store, quiet)
 	if bucket, ok := store.(*s3.Store); ok && err == nil {
 		err = bucket.Check(ctx, cfg.Gate)
