@@ -140,6 +140,7 @@ func params(transport string, p testscript.Params) testscript.Params {
 		"answer":     cmdAnswer,
 		"ask":        cmdAsk,
 		"ports":      cmdPorts,
+		"target":     cmdTarget,
 	}
 	return p
 }

@@ -13,12 +13,12 @@ import (
 var _ backends.Shared = (*Backend)(nil)
 
 // Running implements backends.Shared.
-func (b *Backend) Running(ctx context.Context) ([]backends.Running, error) {
+func (b *Backend) Running(ctx context.Context) ([]backends.Session, error) {
 	pods, err := b.runningPods(ctx, "")
 	if err != nil {
 		return nil, err
 	}
-	var all []backends.Running
+	var all []backends.Session
 	for i := range pods {
 		all = append(all, runningIn(&pods[i]))
 	}
@@ -27,7 +27,7 @@ func (b *Backend) Running(ctx context.Context) ([]backends.Running, error) {
 }
 
 // EndRunning implements backends.Shared.
-func (b *Backend) EndRunning(ctx context.Context, session string) (*backends.Running, error) {
+func (b *Backend) EndRunning(ctx context.Context, session string) (*backends.Session, error) {
 	if !sessionPattern.MatchString(session) {
 		return nil, nil
 	}
@@ -64,9 +64,9 @@ func (b *Backend) runningPods(ctx context.Context, andLabels string) ([]corev1.P
 	return running, nil
 }
 
-func runningIn(pod *corev1.Pod) backends.Running {
+func runningIn(pod *corev1.Pod) backends.Session {
 	a := pod.Annotations
-	return backends.Running{
+	return backends.Session{
 		Session: a[labelSession], Server: a[labelServer], User: a[labelUser], Profile: a[annotationProfile], Grant: a[annotationGrant],
 		ID: pod.Namespace + "/" + pod.Name, Started: pod.CreationTimestamp.Time,
 	}

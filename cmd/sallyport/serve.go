@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -253,7 +252,7 @@ func gateOf(instance string) string {
 }
 
 func openLog(ctx context.Context, cfg config.Config, log *slog.Logger) (*auditlog.Log, error) {
-	key, err := logKey(cfg.Audit.Key)
+	key, err := logSigner(cfg.Audit, true)
 	if err != nil {
 		return nil, err
 	}
@@ -270,15 +269,6 @@ func openStore(cfg config.Store, log *slog.Logger) (auditlog.Store, error) {
 		return s3.NewStore(*cfg.S3, log)
 	}
 	return file.NewStore(cfg.Directory)
-}
-
-// logKey loads the key that signs the log, and makes it at the first start.
-func logKey(name string) (ed25519.PrivateKey, error) {
-	key, err := auditlog.LoadKey(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return auditlog.CreateKey(name)
-	}
-	return key, err
 }
 
 // serveHTTP serves until the function it returns is called.

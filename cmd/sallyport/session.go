@@ -104,7 +104,7 @@ func (s sessions) all(ctx context.Context) ([]sshserver.SessionInfo, error) {
 }
 
 // endOther ends a session of another gate by removing its sandbox. Nothing of the operator's reason reaches that gate.
-func (s sessions) endOther(ctx context.Context, id string) (*backends.Running, error) {
+func (s sessions) endOther(ctx context.Context, id string) (*backends.Session, error) {
 	shared, ok := s.backend.(backends.Shared)
 	if !ok {
 		return nil, nil
