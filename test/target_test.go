@@ -50,7 +50,7 @@ func cmdTarget(ts *testscript.TestScript, neg bool, args []string) {
 	case len(args) == 3 && args[0] == "run":
 		name += "-" + args[1]
 		if !onKubernetes {
-			docker("run", "-d", "--rm", "--name", name, "--network", "none", "--user", args[2], "--cap-drop", "ALL",
+			docker("run", "-d", "--rm", "--name", name, "--network", "none", "--user", args[2]+":"+args[2], "--cap-drop", "ALL",
 				"--label", "e2e="+s.name+"-t", "--label", "part="+args[1], image(), "sh", "-c", serving, args[1])
 			ts.Defer(func() { exec.Command("docker", "rm", "-f", name).Run() })
 			return
@@ -59,7 +59,7 @@ func cmdTarget(ts *testscript.TestScript, neg bool, args []string) {
 			"apiVersion": "v1", "kind": "Pod",
 			"metadata": map[string]any{"name": name, "labels": map[string]any{"e2e": s.name + "-t", "part": args[1]}},
 			"spec": map[string]any{
-				"terminationGracePeriodSeconds": 1, "automountServiceAccountToken": false, "securityContext": map[string]any{"runAsUser": number(ts, args[2])},
+				"terminationGracePeriodSeconds": 1, "automountServiceAccountToken": false, "securityContext": map[string]any{"runAsUser": number(ts, args[2]), "runAsGroup": number(ts, args[2])},
 				"containers": []any{map[string]any{"name": "main", "image": image(), "imagePullPolicy": "Never", "command": []any{"sh", "-c", serving, args[1]},
 					"securityContext": map[string]any{"allowPrivilegeEscalation": false, "capabilities": map[string]any{"drop": []any{"ALL"}}}}},
 			},
