@@ -6,7 +6,9 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // TestRelayShared: where the agent's number is not known, the relay takes an agent of its own container, and the agent a relay
@@ -42,7 +44,11 @@ func inOtherGroup(t *testing.T, pid int) {
 		if os.Mkdir(dir, 0o755) != nil {
 			continue
 		}
-		t.Cleanup(func() { os.Remove(dir) })
+		t.Cleanup(func() {
+			syscall.Kill(pid, syscall.SIGKILL)
+			for end := time.Now().Add(limit); os.Remove(dir) != nil && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			}
+		})
 		if os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0) == nil {
 			return
 		}
@@ -58,7 +64,9 @@ func TestSameContainer(t *testing.T) {
 	if err := other.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { other.Process.Kill(); other.Wait() })
+	ended := make(chan struct{})
+	go func() { other.Wait(); close(ended) }()
+	t.Cleanup(func() { other.Process.Kill(); <-ended })
 	if !sameContainer(other.Process.Pid) {
 		t.Error("a child is in another container")
 	}
