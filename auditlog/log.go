@@ -2,7 +2,7 @@ package auditlog
 
 import (
 	"context"
-	"crypto/ed25519"
+	"crypto"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -14,7 +14,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 // Store takes sealed segments. It is write-only by shape.
@@ -36,7 +39,7 @@ const lastRoom = 256 << 10
 // Log is a gate's audit log, the writing side.
 type Log struct {
 	cfg   Config
-	key   ed25519.PrivateKey
+	key   signer
 	store Store
 	gate  string
 	log   *slog.Logger
@@ -48,7 +51,14 @@ type Log struct {
 	now   func() time.Time // for intervals: its readings are of the monotonic clock
 	wall  func() time.Time // for what is written down
 
+	recipients []age.Recipient // whom segments are encrypted to; none: they are in the clear
+	index      index
+	indexClear index // beside one that is encrypted
+
 	uploads  *uploader
+	tree     *tlog.Log // nil: none is configured
+	stopTree func()
+	queueing atomic.Bool // objects go to uploads; before and after, a look at the spool finds them
 	flushers sync.WaitGroup
 	stop     chan struct{} // closed by Close: ends the folding
 	folding  sync.WaitGroup
@@ -64,20 +74,24 @@ type Log struct {
 // Open opens the log of the gate with this name (ValidID) in cfg.Spool, which no other gate may have open. What an earlier
 // gate left there unsealed is sealed, flagged as interrupted and signed with key; what it did not bring to the store is
 // brought there now. ctx bounds opening alone. Unset values of cfg get their defaults.
-func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
+func Open(ctx context.Context, cfg Config, key crypto.Signer, store Store, gate string, log *slog.Logger) (*Log, error) {
 	return openOn(ctx, osDisk{}, cfg, key, store, gate, log)
 }
 
-func openOn(ctx context.Context, d disk, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
+func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store Store, gate string, log *slog.Logger) (*Log, error) {
 	cfg = cfg.WithDefaults()
 	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	recipients, err := cfg.loadRecipients()
+	if err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	if !ValidID(gate) {
 		return nil, fmt.Errorf("open log: %q is no name for a gate: want 1 to %d of a-z A-Z 0-9 _ -", gate, maxID)
 	}
-	if len(key) != ed25519.PrivateKeySize {
-		return nil, errors.New("open log: no key")
+	if err := checkKey(key); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
 	}
 	if err := makeSpool(d, cfg.Spool); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
@@ -90,12 +104,19 @@ func openOn(ctx context.Context, d disk, cfg Config, key ed25519.PrivateKey, sto
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
-	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
-		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
+	l := &Log{cfg: cfg, key: signer{Signer: key}, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
+		recipients: recipients,
+		stop:       make(chan struct{}), live: make(map[*Recorder]struct{})}
+	l.index, l.indexClear = index{l: l}, index{l: l, clear: true}
 	l.uploads = newUploader(l)
+	if err := l.openTree(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
+	}
+	l.used.Store(0) // recover counts all that is there
 	if err := l.recover(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
+	l.stopTree = l.startTree()
 	l.uploads.start()
 	l.folding.Add(1)
 	go l.foldLoop()
@@ -109,6 +130,7 @@ func (l *Log) New(id string) *Recorder { return l.newRecorder(SessionLog, id) }
 func (l *Log) newRecorder(kind LogKind, id string) *Recorder {
 	r := &Recorder{log: l, kind: kind, id: id, start: l.wall(), lost: make(chan struct{}), done: make(chan struct{}),
 		wake: make(chan struct{}, 1)}
+	r.entry = l.newEntry(kind, id, r.start)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -158,6 +180,11 @@ func (l *Log) Ready() error {
 	}
 	if err := l.room(); err != nil {
 		return err
+	}
+	if l.tree != nil {
+		if err := l.tree.Err(); err != nil {
+			return fmt.Errorf("transparency log: %w", err)
+		}
 	}
 	if failed == nil {
 		return nil
@@ -248,6 +275,7 @@ func (l *Log) Close(ctx context.Context) error {
 	if own != nil {
 		errs = append(errs, own.Close(&End{Cause: "shutdown"}))
 	}
+	errs = append(errs, l.closeIndex())
 	flushed := make(chan struct{})
 	go func() { l.flushers.Wait(); close(flushed) }()
 	select {
@@ -255,8 +283,9 @@ func (l *Log) Close(ctx context.Context) error {
 	case <-ctx.Done(): // a disk that hangs shall not keep the gate from ending
 		errs = append(errs, context.Cause(ctx))
 	}
+	l.stopTree()
 	l.uploads.close(ctx)
-	errs = append(errs, l.zstd.Close(), l.lock.Close())
+	errs = append(errs, l.closeTree(ctx), l.zstd.Close(), l.lock.Close())
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close log: %w", err)
 	}

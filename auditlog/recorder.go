@@ -33,6 +33,7 @@ type batch struct {
 	b     []byte
 	count int
 	since time.Time // when its first record was made
+	ends  bool      // its last record is an End
 }
 
 // Recorder records one connection. Its methods may be called from several goroutines. The life of one:
@@ -46,6 +47,7 @@ type Recorder struct {
 	kind  LogKind
 	id    string
 	start time.Time
+	open  bool          // not encrypted, whatever the log is
 	lost  chan struct{} // closed once err is set
 	done  chan struct{} // closed when the flusher is through after Close
 	wake  chan struct{} // tells the flusher to look; holds one
@@ -66,6 +68,7 @@ type Recorder struct {
 	progress chan struct{} // closed when durable moves; nil while nobody waits
 	err      error         // why the log is lost
 	closeErr error
+	entry    *Entry // in the index; nil: none
 
 	// Owned by Begin, then by the flusher's goroutine, of which there is one at a time.
 	w         *segmentWriter
@@ -74,6 +77,7 @@ type Recorder struct {
 	syncing   *syncing  // nil: none is under way
 	plain     int       // bulk frames in a row that did not compress, or were not tried
 	dirty     time.Time // of the open segment's first record
+	sealed    int64     // bytes of the segments before
 }
 
 // ID is the session's ID.
@@ -110,7 +114,7 @@ func (r *Recorder) begin() error {
 	if err := l.room(); err != nil {
 		return err
 	}
-	w, err := createSegment(l.disk, l.cfg.Spool, Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
+	w, err := l.newSegment(Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start}, r.open)
 	if err != nil {
 		l.spoolFailed(err)
 		return err
@@ -155,7 +159,10 @@ func (r *Recorder) Record(channel uint32, body Body) error {
 	if err := r.admit(len(b)); err != nil {
 		return err
 	}
-	r.add(channel, body.Kind(), b)
+	at := r.add(channel, body.Kind(), b)
+	if r.entry != nil {
+		r.entry.add(at, body)
+	}
 	return r.settle()
 }
 
@@ -176,12 +183,14 @@ func (r *Recorder) settle() error {
 	return err
 }
 
-// add appends a record whose body is encoded. The lock is held and the record admitted.
-func (r *Recorder) add(channel uint32, kind Kind, body []byte) {
-	now := r.log.now()
+// add appends a record whose body is encoded, and gives its time. The lock is held and the record admitted.
+func (r *Recorder) add(channel uint32, kind Kind, body []byte) time.Time {
+	now, at := r.log.now(), r.log.wall()
 	before := r.grow(maxHead + len(body))
-	r.tail.b = append(appendHead(r.tail.b, r.next, r.log.wall(), channel, kind), body...)
+	r.tail.b = append(appendHead(r.tail.b, r.next, at, channel, kind), body...)
+	r.tail.ends = kind == KindEnd
 	r.added(len(r.tail.b)-before, now)
+	return at
 }
 
 func (r *Recorder) data(channel uint32, s Stream, p []byte, hidden, eof bool) error {
@@ -213,10 +222,15 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	if err := r.admit(overhead + len(p)); err != nil {
 		return err
 	}
-	now := r.log.now()
+	now, at := r.log.now(), r.log.wall()
 	before := r.grow(overhead + len(p))
-	b := appendHead(r.tail.b, r.next, r.log.wall(), channel, KindData)
+	b := appendHead(r.tail.b, r.next, at, channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)
+	r.tail.ends = false
+	if r.entry != nil {
+		r.entry.count(at)
+		r.entry.data(s, len(p))
+	}
 	r.added(len(r.tail.b)-before, now)
 	return nil
 }
@@ -445,7 +459,10 @@ func (r *Recorder) Close(end *End) error {
 		r.mu.Unlock()
 		return r.waitClosed()
 	}
-	r.add(0, KindEnd, body) // at the spool's limit, too: a session ends in order, and their number is bounded
+	at := r.add(0, KindEnd, body) // at the spool's limit, too: a session ends in order, and their number is bounded
+	if r.entry != nil {
+		r.entry.add(at, end)
+	}
 	r.startFlusher()
 	r.notify()
 	r.mu.Unlock()
@@ -523,7 +540,7 @@ func (r *Recorder) flush() {
 		if err == nil && r.unsynced > 0 && (late || r.unsynced >= l.cfg.SyncBytes/2) {
 			err = r.sync()
 		}
-		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= l.cfg.SegmentAge) {
+		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= r.segmentAge()) {
 			if err = r.awaitSync(); err == nil {
 				err = r.cutSegment()
 			}
@@ -566,11 +583,11 @@ func (r *Recorder) flush() {
 				return
 			}
 		}
-		wait := l.cfg.SegmentAge
+		wait := r.segmentAge()
 		for _, due := range [...]struct {
 			t time.Time
 			d time.Duration
-		}{{r.tail.since, delay}, {r.unsyncedT, delay}, {r.dirty, l.cfg.SegmentAge}} {
+		}{{r.tail.since, delay}, {r.unsyncedT, delay}, {r.dirty, r.segmentAge()}} {
 			if !due.t.IsZero() {
 				wait = min(wait, due.t.Add(due.d).Sub(l.now()))
 			}
@@ -613,7 +630,7 @@ func (r *Recorder) write(b batch, bulk bool) error {
 		r.plain = 0
 	}
 	before := r.w.size
-	if err := r.w.writeFrame(codec, payload, len(b.b), b.count); err != nil {
+	if err := r.w.writeFrame(codec, payload, len(b.b), b.count, b.ends); err != nil {
 		r.log.spoolFailed(err)
 		return err
 	}
@@ -710,7 +727,7 @@ func (r *Recorder) cutSegment() error {
 		l.spoolFailed(err)
 		return err
 	}
-	next, err := createSegment(l.disk, l.cfg.Spool, old.following(whole, now))
+	next, err := l.newSegment(old.following(whole, now), r.open)
 	if err == nil {
 		err = next.sync(next.size)
 	}
@@ -719,6 +736,7 @@ func (r *Recorder) cutSegment() error {
 		return err
 	}
 	l.used.Add(old.size - before + next.size + fileOverhead)
+	r.sealed += old.size
 	r.w = next
 	r.dirty = time.Time{}
 	if err := l.seal(old, false); err != nil {
@@ -731,7 +749,7 @@ func (r *Recorder) cutSegment() error {
 // finish seals the log.
 func (r *Recorder) finish() {
 	before := r.w.size
-	_, err := r.w.finish(r.log.key, r.log.wall(), true, false)
+	whole, err := r.w.finish(r.log.key, r.log.wall(), true, false)
 	r.log.used.Add(r.w.size - before)
 	if err != nil {
 		r.log.spoolFailed(err)
@@ -743,6 +761,7 @@ func (r *Recorder) finish() {
 		return
 	}
 	r.allSynced()
+	r.indexSealed(whole)
 	r.mu.Lock()
 	r.running = false
 	r.closeErr = r.err // of a log that was lost for the limit and sealed all the same

@@ -18,7 +18,7 @@ import (
 type spoolFile struct {
 	id     string
 	number uint32
-	suffix string // openSuffix or sealedSuffix
+	suffix string // openSuffix, sealedSuffix or objectSuffix
 	size   int64
 }
 
@@ -28,6 +28,9 @@ func (f spoolFile) path(dir string) string {
 
 // upload reads the header for the name that the object gets.
 func (f spoolFile) upload(dir string) (upload, error) {
+	if f.suffix == objectSuffix {
+		return f.object(dir)
+	}
 	file, err := os.Open(f.path(dir))
 	if err != nil {
 		return upload{}, err
@@ -84,9 +87,11 @@ func readSpool(dir string) ([]spoolFile, error) {
 	return files, nil
 }
 
+var suffixes = []string{openSuffix, sealedSuffix, objectSuffix}
+
 func parseSpoolName(name string) (spoolFile, bool) {
 	parts := strings.Split(name, ".")
-	if len(parts) != 3 || !ValidID(parts[0]) || "."+parts[2] != openSuffix && "."+parts[2] != sealedSuffix {
+	if len(parts) != 3 || !ValidID(parts[0]) || !slices.Contains(suffixes, "."+parts[2]) {
 		return spoolFile{}, false
 	}
 	number, err := parseNumber(parts[1])
@@ -130,6 +135,9 @@ func (l *Log) recover(ctx context.Context) error {
 // recoverLog leaves a log's files sealed up to a last segment.
 func (l *Log) recoverLog(files []spoolFile) error {
 	dir := l.cfg.Spool
+	if files[0].suffix == objectSuffix {
+		return nil
+	}
 	for i, f := range files {
 		if f.suffix == sealedSuffix && i < len(files)-1 {
 			continue
@@ -175,7 +183,7 @@ func (l *Log) recoverLog(files []spoolFile) error {
 	return nil
 }
 
-// scan is what a segment's file holds that is whole.
+// scan is what a segment's file holds that is whole, as far as it can be told without the auditors' keys.
 type scan struct {
 	whole  bool // the header is
 	header Header
@@ -202,16 +210,15 @@ func scanSegment(path string) (scan, error) {
 	}
 	s := scan{whole: true, header: r.Header()}
 	for {
-		rec, err := r.Next()
+		_, err := r.Next()
 		if errors.As(err, &damage) && damage.Cause == nil || errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return scan{}, err
 		}
-		_, s.ended = rec.Body.(*End)
 	}
-	s.good, s.next = r.Whole(), r.NextSequence()
+	s.good, s.next, s.ended = r.Whole(), r.NextSequence(), r.ended
 	if footer, ok := r.Footer(); ok {
 		s.footer, s.hash = &footer, r.Hash()
 	}
@@ -276,13 +283,15 @@ func (l *Log) sealInterrupted(w *segmentWriter, ended bool) error {
 			return err
 		}
 		rec := append(appendHead(nil, w.next, now, 0, KindEnd), body...)
-		if err := w.writeFrame(codecNone, rec, len(rec), 1); err != nil {
+		if err := w.writeFrame(codecNone, rec, len(rec), 1, true); err != nil {
 			return err
 		}
 	}
-	if _, err := w.finish(l.key, now, true, true); err != nil {
+	whole, err := w.finish(l.key, now, true, true)
+	if err != nil {
 		return err
 	}
+	l.indexInterrupted(w, whole)
 	l.log.Info("audit log: sealed what an earlier gate left", "id", w.header.ID, "segment", w.header.Number,
 		"since", w.header.LogStart.Format(time.RFC3339))
 	return w.rename()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -29,6 +30,7 @@ type upload struct {
 	name   string
 	size   int64
 	last   bool      // no segment of its log follows
+	skip   int64     // bytes of the file before the object's, of one that is no segment
 	since  time.Time // it waits
 }
 
@@ -205,7 +207,11 @@ func (u *uploader) work() {
 func (u *uploader) put(id string, s upload) error {
 	ctx, cancel := context.WithTimeout(u.ctx, uploadTimeout)
 	defer cancel()
-	path := filepath.Join(u.l.cfg.Spool, spoolName(id, s.number, sealedSuffix))
+	suffix := sealedSuffix
+	if s.skip > 0 {
+		suffix = objectSuffix
+	}
+	path := filepath.Join(u.l.cfg.Spool, spoolName(id, s.number, suffix))
 	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
 		// Only this uploader removes segments: a rescan found it before it was added, and it is stored.
@@ -216,8 +222,16 @@ func (u *uploader) put(id string, s upload) error {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
 	defer f.Close()
-	if err := u.l.store.Put(ctx, s.name, f, s.size); err != nil {
+	if _, err := f.Seek(s.skip, io.SeekStart); err != nil {
 		return fmt.Errorf("upload %s: %w", s.name, err)
+	}
+	if err := u.l.store.Put(ctx, s.name, f, s.size-s.skip); err != nil {
+		return fmt.Errorf("upload %s: %w", s.name, err)
+	}
+	if s.skip == 0 {
+		if err := u.l.enter(f, s.name); err != nil {
+			return fmt.Errorf("upload %s: %w", s.name, err)
+		}
 	}
 	// Not synced: a file that comes back after a crash is put again, which is no error. But were its log's last segment gone then,
 	// the restart would take the one that came back for the last, and end a log anew that has ended. So the last goes last.
@@ -309,7 +323,7 @@ func (u *uploader) rescan() {
 	}
 	u.overflow, u.err = false, nil
 	for i, f := range files {
-		if f.suffix != sealedSuffix {
+		if f.suffix == openSuffix {
 			continue
 		}
 		if q := u.queues[f.id]; q != nil && f.number <= q.segments[len(q.segments)-1].number {

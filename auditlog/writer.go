@@ -1,7 +1,6 @@
 package auditlog
 
 import (
-	"crypto/ed25519"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -36,6 +35,8 @@ type segmentWriter struct {
 	records uint64
 	next    uint64 // sequence of the next record
 	buf     [frameHeaderBytes]byte
+	cipher  *frameCipher // nil: frames are in the clear
+	failed  error        // of a write; nothing is written after it
 }
 
 // createSegment makes a segment's file with its header. The caller syncs file and directory.
@@ -58,7 +59,11 @@ func createSegment(d disk, dir string, h Header) (*segmentWriter, error) {
 }
 
 func (w *segmentWriter) write(b []byte) error {
+	if w.failed != nil {
+		return w.failed // a frame's nonce is never used again
+	}
 	if _, err := w.f.Write(b); err != nil {
+		w.failed = err
 		return err
 	}
 	w.hash.Write(b)
@@ -83,10 +88,19 @@ func (w *segmentWriter) sync(size int64) error {
 // dropBytes is how much is synced between two drops of pages.
 const dropBytes = 1 << 20
 
-// writeFrame adds a frame of records; payload is what they are stored as, decoded the size of what they were.
-func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count int) error {
+// writeFrame adds a frame of records; payload is what they are stored as, decoded the size of what they were. It may
+// encrypt payload in place.
+func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count int, ends bool) error {
 	h := frameHeader{kind: frameRecords, codec: codec, stored: uint32(len(payload)), decoded: uint32(decoded),
 		count: uint32(count), first: w.next}
+	if w.cipher != nil {
+		h.flags = flagEncrypted
+		if ends {
+			h.flags |= flagEnds
+		}
+		h.stored += tagBytes
+		payload = w.cipher.seal(h, payload)
+	}
 	if err := w.write(h.append(w.buf[:0], payload)); err != nil {
 		return fmt.Errorf("write frame: %w", err)
 	}
@@ -99,9 +113,12 @@ func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count i
 }
 
 // finish writes the footer and makes the segment's content durable; rename is next.
-func (w *segmentWriter) finish(key ed25519.PrivateKey, now time.Time, last, interrupted bool) (Hash, error) {
+func (w *segmentWriter) finish(key signer, now time.Time, last, interrupted bool) (Hash, error) {
 	f := Footer{Records: w.records, Last: last, Interrupted: interrupted, Time: now}
 	w.hash.Sum(f.Hash[:0])
+	if last {
+		f.Segments, f.LogRecords, f.Tree = w.header.Number+1, w.next, key.tree
+	}
 	payload, err := f.encode(key)
 	if err != nil {
 		return Hash{}, err
@@ -139,6 +156,7 @@ func (w *segmentWriter) following(whole Hash, now time.Time) Header {
 	h.Previous = whole
 	h.Start = now
 	h.First = w.next
+	h.Wrapped = nil
 	return h
 }
 

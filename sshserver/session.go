@@ -291,6 +291,7 @@ func (s *session) program(in authz.RequestInput, p backends.Process, act *func()
 // run runs the program to its end, and tells the client how it ended.
 func (s *session) run(p backends.Process) {
 	defer s.c.touch()
+	s.chooseTarget()
 	sb, err := s.c.ready(s.ctx)
 	if err != nil {
 		s.fail(&UserError{Text: startFailure(err), Err: err})
@@ -510,6 +511,9 @@ func (c *conn) welcome() string {
 		c.login.User, authz.Printable(d.Ticket, 64), authz.Printable(d.Profile, 64), d.NotAfter.UTC().Format("2006-01-02 15:04:05 UTC"))
 	if d.Why != "" {
 		fmt.Fprintf(&b, "Reason: %s\r\n", authz.Printable(d.Why, 200))
+	}
+	if j := c.sandbox.Info().Joined; j != nil {
+		fmt.Fprintf(&b, "Joined %s: %s.\r\n", authz.Printable(j.String(), 300), strings.Join(j.What, ", "))
 	}
 	fmt.Fprintf(&b, "This session is recorded: %s\r\n\r\n", c.id)
 	return b.String()

@@ -195,8 +195,12 @@ func (t *tool) files(ctx context.Context, args []string, out io.Writer) error {
 	}
 	damaged := false
 	one := func(log auditlog.Stored) error {
-		r := auditlog.NewSessionReader(src, log, keys...)
-		err := t.sessionFiles(ctx, r, w, out)
+		r, err := t.reader(src, log, keys...)
+		if err != nil {
+			return err
+		}
+		err = t.sessionFiles(ctx, r, w, out)
+		t.countUnread(r.Report())
 		damaged = damaged || r.Report().State == auditlog.Damaged
 		return err
 	}
@@ -318,7 +322,10 @@ func (t *tool) extract(ctx context.Context, id, path string, e extraction, out i
 		return err
 	}
 	records := func(f func(rec auditlog.Record) error) error {
-		r := auditlog.NewSessionReader(src, log, keys...)
+		r, err := t.reader(src, log, keys...)
+		if err != nil {
+			return err
+		}
 		for rec := range r.Records(ctx) {
 			if err := f(rec); err != nil {
 				return err
@@ -327,6 +334,7 @@ func (t *tool) extract(ctx context.Context, id, path string, e extraction, out i
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
+		t.countUnread(r.Report())
 		if r.Report().State == auditlog.Damaged && !e.partial {
 			return errDamaged
 		}

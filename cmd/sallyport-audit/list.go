@@ -2,11 +2,8 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"strings"
 	"text/tabwriter"
@@ -34,29 +31,39 @@ type summary struct {
 	Output   uint64           `json:"output_bytes"`
 	Cause    string           `json:"cause,omitempty"`
 	State    auditlog.State   `json:"state"`
-	Report   *auditlog.Report `json:"report,omitempty"` // of a damaged one
+	Indexed  bool             `json:"from_index,omitempty"` // the log was not read
+	Report   *auditlog.Report `json:"report,omitempty"`     // of a damaged one
 }
 
 func (t *tool) listCommand() *cobra.Command {
-	return &cobra.Command{
+	var noIndex bool
+	c := &cobra.Command{
 		Use: "list [STORE]", Short: "List the sessions", Args: cobra.MaximumNArgs(1),
+		Long: `List the sessions. Of those that are marked "(index)" the log was not read: what is told of them is what the gate wrote into its
+index, signed. See --no-index, and verify.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""
 			if len(args) > 0 {
 				dir = args[0]
 			}
-			return t.list(c.Context(), dir, c.OutOrStdout())
+			return t.list(c.Context(), dir, noIndex, c.OutOrStdout())
 		},
 	}
+	c.Flags().BoolVar(&noIndex, "no-index", false, "read every session's log")
+	return c
 }
 
-func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
+func (t *tool) list(ctx context.Context, dir string, noIndex bool, out io.Writer) error {
 	src, err := t.open(dir)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
 	keys, err := t.keys()
+	if err != nil {
+		return err
+	}
+	x, err := t.index(ctx, src, keys, time.Time{})
 	if err != nil {
 		return err
 	}
@@ -71,8 +78,20 @@ func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
 		if len(log.Segments) == 0 {
 			continue // verify says so
 		}
-		r := auditlog.NewSessionReader(src, log, keys...)
-		s := summarize(ctx, r)
+		var s summary
+		if e, ok := x.Entry(log); ok && !noIndex {
+			s = indexedSummary(e)
+			if e.Clear {
+				t.countUnread(auditlog.Report{Unread: e.Records})
+			}
+		} else {
+			r, err := t.reader(src, log, keys...)
+			if err != nil {
+				return err
+			}
+			s = summarize(ctx, r)
+			t.countUnread(r.Report())
+		}
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
@@ -82,12 +101,16 @@ func (t *tool) list(ctx context.Context, dir string, out io.Writer) error {
 			}
 			continue
 		}
+		state := string(s.State)
+		if s.Indexed {
+			state += fromIndex
+		}
 		commands := fmt.Sprint(len(s.Commands))
 		if len(s.Commands) == 1 {
 			commands = short(clean(s.Commands[0]), 40)
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, dash(clean(s.User)), dash(clean(s.Ticket)), dash(clean(s.Source)),
-			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), s.State)
+			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), state)
 	}
 	return w.Flush()
 }
@@ -196,148 +219,6 @@ func size(n uint64) string {
 	return fmt.Sprintf("%d GiB", n>>30)
 }
 
-func (t *tool) verifyCommand() *cobra.Command {
-	c := &cobra.Command{
-		Use: "verify [ID | STORE]", Short: "Check chain, hashes, signatures and seal of a session, or of all logs", Args: cobra.MaximumNArgs(1),
-		Long: `Check chain, hashes, signatures and seal of a session, of all logs in a directory or bucket, or of all in --store.
-
-With --key, every signature must be by one of the keys in the file. Without, a log is checked against the key that it
-names itself, and said to be unpinned: that shows damage, but not a forger with a key of his own.
-
-A live log is one that has no last segment yet. That its newest segments were taken away can't be seen from it.`,
-		RunE: func(c *cobra.Command, args []string) error {
-			arg := ""
-			if len(args) > 0 {
-				arg = args[0]
-			}
-			return t.verify(c.Context(), arg, c.OutOrStdout())
-		},
-	}
-	return c
-}
-
-func (t *tool) verify(ctx context.Context, arg string, out io.Writer) error {
-	dir := ""
-	if info, err := os.Stat(arg); strings.HasPrefix(arg, bucketScheme) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
-		dir, arg = arg, ""
-	}
-	src, err := t.open(dir)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	keys, err := t.keys()
-	if err != nil {
-		return err
-	}
-	check := func(log auditlog.Stored) (auditlog.Report, error) {
-		r := auditlog.NewSessionReader(src, log, keys...)
-		rep := r.Verify(ctx)
-		if err := context.Cause(ctx); err != nil {
-			return rep, err
-		}
-		return rep, t.printReport(out, rep)
-	}
-	if arg != "" {
-		log, err := find(ctx, src, arg)
-		if err != nil {
-			return err
-		}
-		rep, err := check(log)
-		if err == nil && rep.State == auditlog.Damaged {
-			err = errDamaged
-		}
-		return err
-	}
-	states := make(map[auditlog.State]int)
-	logs, unpinned := 0, false
-	for log, err := range auditlog.Logs(ctx, src, "") {
-		if err != nil {
-			return err
-		}
-		rep, err := check(log)
-		if err != nil {
-			return err
-		}
-		logs++
-		states[rep.State]++
-		unpinned = unpinned || !rep.Pinned
-	}
-	lost, err := t.duplicates(ctx, src, out)
-	if err != nil {
-		return err
-	}
-	if t.output == "text" {
-		note := ""
-		if unpinned {
-			note = "; keys not pinned: see --key"
-		}
-		fmt.Fprintf(out, "%d logs: %d sealed, %d interrupted, %d live, %d damaged%s\n", logs, states[auditlog.Sealed],
-			states[auditlog.Interrupted], states[auditlog.Live], states[auditlog.Damaged], note)
-	}
-	switch {
-	case states[auditlog.Damaged] > 0 || lost > 0:
-		return errDamaged
-	case logs == 0:
-		return fmt.Errorf("there is no log in %s", orStore(dir, t.store))
-	}
-	return nil
-}
-
-// duplicates compares what a store has kept under other names, as it could not see by what the right one was taken. The same
-// bytes mean that a gate put a segment twice. Others mean that one of the two is not the gate's; their number is returned.
-func (t *tool) duplicates(ctx context.Context, src auditlog.Source, out io.Writer) (differ int, err error) {
-	for o, err := range src.List(ctx, auditlog.DuplicatePrefix) {
-		if err != nil {
-			return differ, err
-		}
-		name, _, err := auditlog.ParseDuplicateName(o.Name)
-		if err != nil {
-			continue // a note: nothing of ours
-		}
-		kept, err := contentHash(ctx, src, o.Name)
-		if err != nil {
-			return differ, err
-		}
-		there, err := contentHash(ctx, src, name)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return differ, err
-		}
-		if err == nil && there == kept {
-			continue
-		}
-		differ++
-		what := "two segments were put under this name: see " + o.Name
-		if err != nil {
-			what = "is gone; it was put twice: see " + o.Name
-		}
-		p := auditlog.Problem{Segment: name, What: what}
-		if t.output == "json" {
-			err = printJSON(out, p)
-		} else {
-			_, err = fmt.Fprintf(out, "%-11s %s\n", auditlog.Damaged, clean(p.String()))
-		}
-		if err != nil {
-			return differ, err
-		}
-	}
-	return differ, context.Cause(ctx)
-}
-
-func contentHash(ctx context.Context, src auditlog.Source, name string) (sum auditlog.Hash, err error) {
-	r, err := src.Open(ctx, name)
-	if err != nil {
-		return sum, err
-	}
-	defer r.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, io.LimitReader(r, auditlog.MaxSegmentBytes+1)); err != nil {
-		return sum, fmt.Errorf("read %s: %w", name, err)
-	}
-	h.Sum(sum[:0])
-	return sum, nil
-}
-
 func orStore(names ...string) string {
 	for _, n := range append(names, os.Getenv(storeEnv)) {
 		if n != "" {
@@ -361,6 +242,9 @@ func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
 	}
 	for _, k := range rep.Keys {
 		key += " " + k
+	}
+	if len(rep.Recipients) > 0 {
+		key += ", encrypted to " + clean(strings.Join(rep.Recipients, ", "))
 	}
 	_, err := fmt.Fprintf(out, "%-11s %s  %d segments, %d records, %s, key %s\n", rep.State, id, rep.Segments, rep.Records,
 		size(uint64(rep.Bytes)), key)
