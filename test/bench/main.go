@@ -192,14 +192,16 @@ type bench struct {
 	report   *report
 	progress io.Writer
 
-	root    string // of all files of this run
-	memory  string // directory whose files cost no disk
-	client  *sshClient
-	engine  *engine
-	sshd    *sshd
-	gate    *gate
-	off     *gate // with audit.data: none
-	cleanUp []func() error
+	root   string // of all files of this run
+	memory string // directory whose files cost no disk
+	client *sshClient
+	engine *engine
+	sshd   *sshd
+	gate   *gate
+	off    *gate // with audit.data: none
+	// with audit.recipients
+	encrypted *gate
+	cleanUp   []func() error
 }
 
 func (b *bench) later(f func() error) { b.cleanUp = append(b.cleanUp, f) }
@@ -273,7 +275,9 @@ type target struct {
 	rest func(context.Context, *bench) error // waits until what went before is over
 }
 
-func (b *bench) all() []*target { return []*target{&b.sshd.target, &b.gate.target, &b.off.target} }
+func (b *bench) all() []*target {
+	return []*target{&b.sshd.target, &b.gate.target, &b.off.target, &b.encrypted.target}
+}
 
 // path is a file of this run.
 func (b *bench) path(name ...string) string {
