@@ -73,7 +73,7 @@ func (c *frameCipher) open(f frameHeader, stored []byte) ([]byte, error) {
 // newSegment makes a segment's file, encrypted if the log has recipients, unless it shall be plain.
 func (l *Log) newSegment(h Header, plain bool) (*segmentWriter, error) {
 	if len(l.recipients) == 0 || plain {
-		return createSegment(l.cfg.Spool, h)
+		return createSegment(l.disk, l.cfg.Spool, h)
 	}
 	key := make([]byte, chacha20poly1305.KeySize)
 	rand.Read(key) // never fails (crypto/rand)
@@ -90,7 +90,7 @@ func (l *Log) newSegment(h Header, plain bool) (*segmentWriter, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create segment: %w", err)
 	}
-	w, err := createSegment(l.cfg.Spool, h)
+	w, err := createSegment(l.disk, l.cfg.Spool, h)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package auditlog
 
 import (
+	"crypto"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
@@ -209,6 +210,9 @@ type Footer struct {
 	Interrupted bool   // sealed by a later start of the gate, not by the one that wrote it
 	PublicKey   ed25519.PublicKey
 	Time        time.Time // when it was sealed
+	Segments    uint32    // of the last: how many the log has
+	LogRecords  uint64    // of the last: how many records they have in all
+	Tree        string    // of the last: origin of the transparency log that the log goes into; "" for none
 	Verified    bool      // the signature is PublicKey's; says nothing of whose key that is
 }
 
@@ -219,6 +223,9 @@ type wireFooter struct {
 	Interrupted bool   `cbor:"4,keyasint"`
 	PublicKey   []byte `cbor:"5,keyasint"`
 	Time        int64  `cbor:"6,keyasint"`
+	Segments    uint32 `cbor:"7,keyasint,omitempty"`
+	LogRecords  uint64 `cbor:"8,keyasint,omitempty"`
+	Tree        string `cbor:"9,keyasint,omitempty"`
 }
 
 // footerMessage is what the signature signs.
@@ -228,17 +235,26 @@ func footerMessage(statement []byte) []byte {
 }
 
 // encode gives the footer's payload: statement and signature.
-func (f Footer) encode(key ed25519.PrivateKey) ([]byte, error) {
+func (f Footer) encode(key crypto.Signer) ([]byte, error) {
 	pub, ok := key.Public().(ed25519.PublicKey)
 	if !ok {
 		return nil, errors.New("encode footer: not an ed25519 key")
 	}
 	statement, err := encMode.Marshal(wireFooter{Hash: f.Hash[:], Records: f.Records, Last: f.Last,
-		Interrupted: f.Interrupted, PublicKey: pub, Time: f.Time.UnixNano()})
+		Interrupted: f.Interrupted, PublicKey: pub, Time: f.Time.UnixNano(),
+		Segments: f.Segments, LogRecords: f.LogRecords, Tree: f.Tree})
 	if err != nil {
 		return nil, fmt.Errorf("encode footer: %w", err)
 	}
-	return append(statement, ed25519.Sign(key, footerMessage(statement))...), nil
+	message := footerMessage(statement)
+	sig, err := key.Sign(nil, message, crypto.Hash(0))
+	if err != nil {
+		return nil, fmt.Errorf("sign footer: %w", err)
+	}
+	if !ed25519.Verify(pub, message, sig) {
+		return nil, errors.New("sign footer: what should sign gave a signature that does not verify")
+	}
+	return append(statement, sig...), nil
 }
 
 func decodeFooter(payload []byte) (Footer, error) {
@@ -251,7 +267,7 @@ func decodeFooter(payload []byte) (Footer, error) {
 		return Footer{}, fmt.Errorf("footer: %w", err)
 	}
 	f := Footer{Records: w.Records, Last: w.Last, Interrupted: w.Interrupted, PublicKey: w.PublicKey,
-		Time: time.Unix(0, w.Time).UTC()}
+		Time: time.Unix(0, w.Time).UTC(), Segments: w.Segments, LogRecords: w.LogRecords, Tree: w.Tree}
 	if len(w.Hash) != len(f.Hash) || len(w.PublicKey) != ed25519.PublicKeySize {
 		return Footer{}, errors.New("footer: hash or key of a wrong size")
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
 )
@@ -19,14 +18,14 @@ var (
 )
 
 const (
-	frameTarget  = 1 << 20          // decoded bytes at which a frame is handed on
-	dataChunk    = 128 << 10        // more in one Data record is split
-	maxUnproven  = 64 << 10         // of records before Begin
-	pooledBytes  = 1536 << 10       // capacity of pooled buffers: a frame, one record more, s2's worst case
-	growBytes    = 64 << 10         // below, a batch's buffer grows by itself; an idle session has none
-	stallLimit   = 30 * time.Second // that the disk may not answer
-	plainRun     = 8                // frames in a row that did not compress, after which one in so many is tried
-	closingSlack = 1 << 20          // that the spool may go over its limit, so that sessions end in order
+	frameTarget = 1 << 20              // decoded bytes at which a frame is handed on
+	dataChunk   = 128 << 10            // more in one Data record is split
+	maxUnproven = 64 << 10             // of records before Begin
+	pooledBytes = 1536 << 10           // capacity of pooled buffers: a frame, one record more, s2's worst case
+	growBytes   = 64 << 10             // below, a batch's buffer grows by itself; an idle session has none
+	fullPause   = 5 * time.Millisecond // between two looks at what other sessions have in memory, at the spool's limit
+	stallLimit  = 30 * time.Second     // that the disk may not answer
+	plainRun    = 8                    // frames in a row that did not compress, after which one in so many is tried
 )
 
 // batch is records that become one frame.
@@ -100,7 +99,7 @@ func (r *Recorder) Begin() error {
 	if err := r.begin(); err != nil {
 		if r.w != nil { // nothing in it was promised to anybody
 			r.w.f.Close()
-			os.Remove(r.w.f.Name())
+			r.log.disk.Remove(r.w.f.Name())
 			r.log.used.Add(-r.w.size - fileOverhead)
 		}
 		r.broken = true
@@ -112,7 +111,7 @@ func (r *Recorder) Begin() error {
 
 func (r *Recorder) begin() error {
 	l := r.log
-	if err := l.room(0); err != nil {
+	if err := l.room(); err != nil {
 		return err
 	}
 	w, err := l.newSegment(Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start}, r.open)
@@ -122,6 +121,7 @@ func (r *Recorder) begin() error {
 	}
 	r.w = w
 	l.used.Add(w.size + fileOverhead)
+	l.queue.Add(int64(len(r.tail.b)))
 	if err := r.write(r.tail, false); err != nil {
 		return err
 	}
@@ -131,7 +131,7 @@ func (r *Recorder) begin() error {
 		return fmt.Errorf("sync segment: %w", err)
 	}
 	r.unsynced, r.unsyncedT = 0, time.Time{}
-	if err := syncDir(l.cfg.Spool); err != nil {
+	if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
 		l.spoolFailed(err)
 		return err
 	}
@@ -163,17 +163,34 @@ func (r *Recorder) Record(channel uint32, body Body) error {
 	if r.entry != nil {
 		r.entry.add(at, body)
 	}
-	return nil
+	return r.settle()
+}
+
+// settle waits, where records are durable before what they describe happens, until all so far are. The lock is held, and
+// released while it waits.
+func (r *Recorder) settle() error {
+	// Nothing is passed in the gate's own log, nor before a key was proven: Begin makes durable what came then.
+	if r.log.cfg.Sync != syncBeforePass || r.kind != SessionLog || !r.begun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), stallLimit, ErrStalled)
+	defer cancel()
+	err := r.awaitDurable(ctx)
+	if errors.Is(err, ErrStalled) {
+		r.lose(err)
+		return r.err
+	}
+	return err
 }
 
 // add appends a record whose body is encoded, and gives its time. The lock is held and the record admitted.
 func (r *Recorder) add(channel uint32, kind Kind, body []byte) time.Time {
-	now := r.log.now()
+	now, at := r.log.now(), r.log.wall()
 	before := r.grow(maxHead + len(body))
-	r.tail.b = append(appendHead(r.tail.b, r.next, now, channel, kind), body...)
+	r.tail.b = append(appendHead(r.tail.b, r.next, at, channel, kind), body...)
 	r.tail.ends = kind == KindEnd
 	r.added(len(r.tail.b)-before, now)
-	return now
+	return at
 }
 
 func (r *Recorder) data(channel uint32, s Stream, p []byte, hidden, eof bool) error {
@@ -186,10 +203,16 @@ func (r *Recorder) data(channel uint32, s Stream, p []byte, hidden, eof bool) er
 			return err
 		}
 		if len(rest) == 0 {
-			return nil
+			break
 		}
 		p = rest
 	}
+	if r.log.cfg.Sync != syncBeforePass {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.settle()
 }
 
 func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool) error {
@@ -199,13 +222,13 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	if err := r.admit(overhead + len(p)); err != nil {
 		return err
 	}
-	now := r.log.now()
+	now, at := r.log.now(), r.log.wall()
 	before := r.grow(overhead + len(p))
-	b := appendHead(r.tail.b, r.next, now, channel, KindData)
+	b := appendHead(r.tail.b, r.next, at, channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)
 	r.tail.ends = false
 	if r.entry != nil {
-		r.entry.count(now)
+		r.entry.count(at)
 		r.entry.data(s, len(p))
 	}
 	r.added(len(r.tail.b)-before, now)
@@ -228,7 +251,14 @@ func (r *Recorder) admit(n int) error {
 			}
 			return nil
 		}
-		if err := r.log.room(0); err != nil {
+		// What sessions have in memory is to be in the spool, too. At the limit they wait until it is written: it may compress.
+		queue := r.log.queue.Load()
+		full := r.log.used.Load()+queue+int64(n) > r.log.cfg.SpoolLimit
+		err := r.log.room()
+		if full && queue == 0 {
+			err = r.log.limitReached()
+		}
+		if err != nil {
 			r.lose(err)
 			return r.err
 		}
@@ -236,8 +266,14 @@ func (r *Recorder) admit(n int) error {
 			r.lose(ErrStalled)
 			return r.err
 		}
-		if r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes {
+		if !full && (r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes) {
 			return nil
+		}
+		var others <-chan time.Time
+		if full {
+			r.urgent = true
+			r.notify()
+			others = time.After(fullPause)
 		}
 		if timer == nil {
 			timer = time.NewTimer(stallLimit)
@@ -248,6 +284,7 @@ func (r *Recorder) admit(n int) error {
 		timedOut := false
 		select {
 		case <-progress:
+		case <-others:
 		case <-r.lost:
 		case <-timer.C:
 			timedOut = true
@@ -311,6 +348,7 @@ func (r *Recorder) added(n int, now time.Time) {
 		r.oldest = now
 	}
 	r.pending += int64(n)
+	r.log.queue.Add(int64(n))
 	if len(r.tail.b) >= frameTarget {
 		r.handOn()
 	}
@@ -358,6 +396,11 @@ func (r *Recorder) Sync(ctx context.Context) error {
 	if !r.begun {
 		return errors.New("sync log: not begun")
 	}
+	return r.awaitDurable(ctx)
+}
+
+// awaitDurable waits until all that was recorded is durable. The lock is held, and released while it waits.
+func (r *Recorder) awaitDurable(ctx context.Context) error {
 	want := r.next
 	for r.durable < want {
 		if r.err != nil {
@@ -416,13 +459,9 @@ func (r *Recorder) Close(end *End) error {
 		r.mu.Unlock()
 		return r.waitClosed()
 	}
-	if err := r.log.room(closingSlack); err != nil {
-		r.lose(err)
-	} else {
-		at := r.add(0, KindEnd, body)
-		if r.entry != nil {
-			r.entry.add(at, end)
-		}
+	at := r.add(0, KindEnd, body) // at the spool's limit, too: a session ends in order, and their number is bounded
+	if r.entry != nil {
+		r.entry.add(at, end)
 	}
 	r.startFlusher()
 	r.notify()
@@ -527,7 +566,8 @@ func (r *Recorder) flush() {
 			continue
 		}
 		if r.tail.count == 0 {
-			r.urgent, r.cut = false, false
+			r.cut = false
+			r.urgent = r.urgent && r.unsynced > 0 // somebody began to wait just now
 			if r.closing {
 				r.mu.Unlock()
 				if err := r.awaitSync(); err != nil {
@@ -575,6 +615,7 @@ func (r *Recorder) write(b batch, bulk bool) error {
 	if b.count == 0 {
 		return nil
 	}
+	defer r.log.queue.Add(-int64(len(b.b))) // after it is counted as used
 	var out []byte
 	if len(b.b) > growBytes {
 		out = getBuffer()
@@ -676,7 +717,7 @@ func (r *Recorder) allSynced() {
 // store: so a log that is not sealed always has a file in the spool, by which a restart finds it.
 func (r *Recorder) cutSegment() error {
 	l, old := r.log, r.w
-	now := l.now()
+	now := l.wall()
 	if old.header.Number == maxNumber {
 		return errors.New("cut segment: too many segments")
 	}
@@ -698,7 +739,7 @@ func (r *Recorder) cutSegment() error {
 	r.sealed += old.size
 	r.w = next
 	r.dirty = time.Time{}
-	if err := l.seal(old); err != nil {
+	if err := l.seal(old, false); err != nil {
 		return err
 	}
 	r.allSynced()
@@ -708,14 +749,14 @@ func (r *Recorder) cutSegment() error {
 // finish seals the log.
 func (r *Recorder) finish() {
 	before := r.w.size
-	whole, err := r.w.finish(r.log.key, r.log.now(), true, false)
+	whole, err := r.w.finish(r.log.key, r.log.wall(), true, false)
 	r.log.used.Add(r.w.size - before)
 	if err != nil {
 		r.log.spoolFailed(err)
 		r.fail(err)
 		return
 	}
-	if err := r.log.seal(r.w); err != nil {
+	if err := r.log.seal(r.w, true); err != nil {
 		r.fail(err)
 		return
 	}
@@ -738,6 +779,10 @@ func (r *Recorder) fail(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.lose(err)
+	for _, b := range r.full {
+		r.log.queue.Add(-int64(len(b.b)))
+	}
+	r.log.queue.Add(-int64(len(r.tail.b)))
 	r.broken, r.running = true, false
 	r.full, r.tail = nil, batch{}
 	if r.closing {

@@ -104,6 +104,14 @@ func (p Problem) String() string {
 	return fmt.Sprintf("%s: offset %d: %s", p.Segment, p.Offset, p.What)
 }
 
+// Object is the problem of an object as a whole.
+func (p Problem) Object() string {
+	if p.Offset != 0 {
+		return p.String()
+	}
+	return p.Segment + ": " + p.What
+}
+
 // Report is the verdict on a log that was read to its end.
 type Report struct {
 	ID       string    `json:"id"`
@@ -222,6 +230,7 @@ type chain struct {
 	broken      bool // hash and next are not known
 	sealed      bool
 	interrupted bool
+	footer      Footer // of the newest segment that has one
 }
 
 // segment reads one segment; false if the caller has enough.
@@ -278,6 +287,8 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 	r.checkKey(o.Name, s.Whole(), footer)
 	c.sealed = footer.Last
 	c.interrupted = footer.Interrupted
+	c.footer = footer
+	r.checkCommit(o.Name, s.Whole(), n, c.next, footer)
 	return true
 }
 

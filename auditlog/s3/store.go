@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -100,8 +101,7 @@ func (s *Store) putOnce(ctx context.Context, name string, r io.Reader, size int6
 
 // Check finds out whether the server takes objects, by one that is put once and stays: check/GATE.
 func (s *Store) Check(ctx context.Context, gate string) error {
-	const text = "Made by sallyport check.\n"
-	o, err := newObject(bytes.NewReader([]byte(text)), int64(len(text)))
+	o, err := newObject(strings.NewReader(auditlog.CheckText), int64(len(auditlog.CheckText)))
 	if err != nil {
 		return err
 	}

@@ -91,7 +91,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
-		t.verifyCommand(), t.indexCommand(), t.versionCommand())
+		t.verifyCommand(), t.checkpointCommand(), t.indexCommand(), t.versionCommand())
 	return root
 }
 

@@ -13,7 +13,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/config"
@@ -91,7 +90,7 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	if say(cfg.Backend, err) {
 		fmt.Fprintf(out, "%-10s note: %s\n", cfg.Backend, way)
 	}
-	_, err = auditlog.LoadKey(cfg.Audit.Key)
+	_, err = logSigner(cfg.Audit, false)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil // as the host keys
 	}
