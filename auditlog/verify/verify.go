@@ -197,7 +197,7 @@ func (v *Run) within(day string) bool {
 // stored yields the logs to look at.
 func (v *Run) stored(ctx context.Context) iter.Seq2[auditlog.Stored, error] {
 	return func(yield func(auditlog.Stored, error) bool) {
-		prefixes := append([]string{auditlog.GatePrefix}, v.sessionPrefixes()...)
+		prefixes := append([]string{auditlog.GatePrefix, auditlog.IndexPrefix}, v.sessionPrefixes()...)
 		for _, p := range prefixes {
 			for log, err := range auditlog.Logs(ctx, v.Source, p) {
 				if err == nil && len(log.Segments) > 0 && !v.within(log.Name.Day) {
@@ -312,7 +312,7 @@ func (v *Run) problem(object string, format string, args ...any) error {
 
 // others looks at what is neither log nor transparency log.
 func (v *Run) others(ctx context.Context) error {
-	known := []string{auditlog.SessionPrefix, auditlog.GatePrefix, tlog.Prefix}
+	known := []string{auditlog.SessionPrefix, auditlog.GatePrefix, auditlog.IndexPrefix, tlog.Prefix}
 	for prefix := range Verifiers {
 		known = append(known, prefix)
 	}
