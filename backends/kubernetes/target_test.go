@@ -525,6 +525,7 @@ func TestTargetRefused(t *testing.T) {
 			s.Template.Mounts = []backends.Mount{{Type: "secret", Source: "s", Target: "/s"}}
 		},
 		"name none of them":          func(s *backends.Spec) { s.Template.Groups = []uint32{4} },
+		"name no spread and no pod":  func(s *backends.Spec) { s.Template.Pod = []byte("{}") },
 		"uid 0 is what its files":    func(s *backends.Spec) { s.Template.UID = 0 },
 		"is the agent's own":         func(s *backends.Spec) { s.Template.UID = agentUID },
 		"files are not permitted":    func(s *backends.Spec) { s.Template.Target.Files = true },

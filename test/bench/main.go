@@ -77,7 +77,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "of the cluster for the cluster's cases; without it they are left out")
 	f.StringVar(&o.kubectl, "kubectl", "kubectl", "kubectl and its first arguments")
 	f.StringVar(&o.agentImage, "agent-image", "sallyport/agent:1", "the image that brings the agent to the cluster's pods")
-	f.StringVar(&o.carried, "carried", "sallyport/debug-agent:1", "on the cluster, the sandbox's image with the agent in it")
+	f.StringVar(&o.carried, "carried", "sallyport/target:1", "on the cluster, the sandbox's image with the agent in it")
 	f.BoolVar(&o.list, "list", false, "list the cases")
 	f.StringVar(&o.bin, "bin", "bin", "directory of the binaries to measure")
 	f.StringVar(&o.image, "image", "sallyport/debug:1", "the sandbox's image; it needs bash, cat, wc and true")
@@ -214,7 +214,7 @@ type sizes struct {
 
 var (
 	full = sizes{bulk: 1 << 30, content: 256 << 20, file: 1 << 30, keys: 40, burst: 50, idle: []int{0, 20, 100},
-		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 3 * time.Minute}
+		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 2 * time.Minute}
 	small = sizes{bulk: 32 << 20, content: 16 << 20, file: 16 << 20, keys: 5, burst: 4, idle: []int{0, 2, 4},
 		grants: []int{10, 1000}, decision: 50, stream: 8 << 20, watch: 5 * time.Second}
 )
