@@ -79,6 +79,7 @@ type Decision struct {
 	Why       string    `cbor:"11,keyasint,omitempty" json:"why,omitempty"`
 	Approved  string    `cbor:"12,keyasint,omitempty" json:"approved_by,omitempty"`
 	Permit    string    `cbor:"13,keyasint,omitempty" json:"permit,omitempty"` // JSON, as decided
+	Groups    []string  `cbor:"14,keyasint,omitempty" json:"groups,omitempty"` // of the user, as policy knows them
 }
 
 // Sandbox is a sandbox started, or not (Error).

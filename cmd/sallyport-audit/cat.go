@@ -36,6 +36,7 @@ safe for a terminal: write them to a file.`,
 		Example: `  sallyport-audit cat latest
   sallyport-audit cat -f 01JD
   sallyport-audit cat 01JD --channel 1 --stream out --raw > output`,
+		ValidArgsFunction: t.completeSessions,
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, ok := streams[o.stream]; !ok && o.stream != "" {
 				return fmt.Errorf("--stream %q: want in, out or err", o.stream)

@@ -28,6 +28,7 @@ type tool struct {
 	output  string
 	keyFile string
 	utc     bool
+	noPager bool
 }
 
 // source is a store that is open for reading.
@@ -58,8 +59,12 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
-			if t.output != "text" && t.output != "json" {
-				return fmt.Errorf("--output %q: want text or json", t.output)
+			switch t.output {
+			case "table":
+				t.output = "text"
+			case "text", "json":
+			default:
+				return fmt.Errorf("--output %q: want table, text or json", t.output)
 			}
 			return nil
 		},
@@ -73,10 +78,11 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.StringVar(&t.bucket.CredentialsFile, "credentials-file", "", "S3 credential in AWS's format (default: the environment's)")
 	f.StringVar(&t.bucket.Profile, "profile", "", "section of that file (default $AWS_PROFILE, or default)")
 	f.BoolVar(&t.bucket.Insecure, "insecure", false, "permit an http:// endpoint on another machine")
-	f.StringVarP(&t.output, "output", "o", "text", "text or json")
+	f.StringVarP(&t.output, "output", "o", "table", "table (or text) to read, json to process")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
-	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
-	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	f.BoolVar(&t.utc, "utc", false, "print, and take, times in UTC, not in the local zone")
+	f.BoolVar(&t.noPager, "no-pager", false, "do not start $PAGER, or less, on a terminal")
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
 		t.verifyCommand(), t.versionCommand())
 	return root

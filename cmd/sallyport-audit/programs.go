@@ -380,7 +380,12 @@ All this is reported from inside the sandbox, by the agent: the gate has not see
 to start: its file may not have been there. "became the next one" is a program in whose process another was executed in its
 place. "file" is there where the arguments would let one think of another file, "in" where the directory is not that of the program
 before it. What a shell or an interpreter does by itself is no program of its own, and is not known: see docs/what-is-recorded.md.`,
-		RunE: func(c *cobra.Command, args []string) error { return t.commands(c.Context(), args[0], c.OutOrStdout()) },
+		Example: `  sallyport-audit commands latest
+  sallyport-audit commands 01JD -o json`,
+		ValidArgsFunction: t.completeSessions,
+		RunE: func(c *cobra.Command, args []string) error {
+			return t.paged(c, func(out io.Writer) error { return t.commands(c.Context(), args[0], out) })
+		},
 	}
 }
 

@@ -61,7 +61,12 @@ func (t *tool) showCommand() *cobra.Command {
 asked for on each channel (the number before it), which programs ran, what they connected to, which files went which way, how it
 ended. Each line says who vouches for it: the gate, which has seen it; the sandbox's agent, inside; or nobody. Then what was typed and
 printed. Output is made safe to print: see cat --raw for the exact bytes.`,
-		RunE: func(c *cobra.Command, args []string) error { return t.show(c.Context(), args[0], c.OutOrStdout()) },
+		Example: `  sallyport-audit show latest
+  sallyport-audit show 01JD --utc -o json`,
+		ValidArgsFunction: t.completeSessions,
+		RunE: func(c *cobra.Command, args []string) error {
+			return t.paged(c, func(out io.Writer) error { return t.show(c.Context(), args[0], out) })
+		},
 	}
 }
 
