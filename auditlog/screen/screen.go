@@ -4,6 +4,7 @@ package screen
 
 import (
 	"strings"
+	"time"
 	"unicode"
 
 	"golang.org/x/text/width"
@@ -23,7 +24,8 @@ const (
 // written over after a person could have read it; and what is left at the end. Programs that only print give their lines
 // in order, once each; those that paint give each state of a line that stood for a while.
 type Screen struct {
-	emit func(line string)
+	Now  time.Time // of what is being written: a line has the time of its last change
+	emit func(line string, at time.Time)
 
 	columns, rows int
 	grid          []row // the screen that is shown
@@ -37,6 +39,7 @@ type Screen struct {
 	shift         int     // which of them is in use
 	last          rune    // for REP
 	pending       []rune  // the scrolled-off part of a line that goes on
+	pendingAt     time.Time
 
 	parser parser
 }
@@ -46,6 +49,7 @@ type row struct {
 	wrapped bool // the next row goes on with the same line
 	seen    bool // a person could have read it as it is
 	fresh   bool // it has been written to since it was given
+	at      time.Time
 }
 
 type cell struct {
@@ -55,7 +59,7 @@ type cell struct {
 
 // New makes a screen of a size (0: the usual one). emit gets the lines; they hold no control characters, but may hold any
 // other, invisible ones too.
-func New(columns, rows int, emit func(line string)) *Screen {
+func New(columns, rows int, emit func(line string, at time.Time)) *Screen {
 	s := &Screen{emit: emit}
 	s.parser.to = s
 	s.resize(columns, rows)
@@ -64,7 +68,7 @@ func New(columns, rows int, emit func(line string)) *Screen {
 
 // NewPlain makes a screen for what was written where there was no terminal: lines are as long as they are, and each begins on the
 // left.
-func NewPlain(emit func(line string)) *Screen {
+func NewPlain(emit func(line string, at time.Time)) *Screen {
 	s := New(maxColumns, defaultRows, emit)
 	s.parser.bare = true
 	return s
@@ -150,15 +154,15 @@ func (r *row) text(b []rune) []rune {
 	return b
 }
 
-func (s *Screen) line(b []rune) {
+func (s *Screen) line(b []rune, at time.Time) {
 	if text := strings.TrimRight(string(b), " "); text != "" {
-		s.emit(text)
+		s.emit(text, at)
 	}
 }
 
 func (s *Screen) endPending() {
 	if len(s.pending) > 0 {
-		s.line(s.pending)
+		s.line(s.pending, s.pendingAt)
 	}
 	s.pending = s.pending[:0]
 }
@@ -176,14 +180,18 @@ func (s *Screen) give(y int) {
 		last++
 	}
 	var b []rune
+	var at time.Time
 	if first == 0 {
 		b = append(b, s.pending...)
 	}
 	for i := first; i <= last; i++ {
 		b = s.grid[i].text(b)
+		if s.grid[i].at.After(at) {
+			at = s.grid[i].at
+		}
 		s.grid[i].fresh, s.grid[i].seen = false, false
 	}
-	s.line(b)
+	s.line(b, at)
 }
 
 func (s *Screen) giveAll() {
@@ -198,7 +206,7 @@ func (s *Screen) scrollOff(r *row) {
 	if !r.fresh && len(s.pending) == 0 {
 		return
 	}
-	s.pending = r.text(s.pending)
+	s.pending, s.pendingAt = r.text(s.pending), r.at
 	if !r.wrapped || len(s.pending) >= maxLine {
 		s.endPending()
 	}
@@ -210,7 +218,7 @@ func (s *Screen) touch(y int, over bool) *row {
 	if over && r.seen {
 		s.give(y)
 	}
-	r.fresh = true
+	r.fresh, r.at = true, s.Now
 	return r
 }
 

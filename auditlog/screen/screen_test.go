@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -13,7 +14,7 @@ import (
 // read gives the lines of what was written, "|" standing for a pause.
 func read(columns, rows int, in string) []string {
 	var all []string
-	emit := func(l string) { all = append(all, l) }
+	emit := func(l string, _ time.Time) { all = append(all, l) }
 	s := New(columns, rows, emit)
 	if columns < 0 {
 		s = NewPlain(emit)
@@ -72,7 +73,7 @@ func TestScreen(t *testing.T) {
 
 func TestResize(t *testing.T) {
 	var all []string
-	s := New(20, 5, func(l string) { all = append(all, l) })
+	s := New(20, 5, func(l string, _ time.Time) { all = append(all, l) })
 	fmt.Fprint(s, "narrow\r\n")
 	s.Resize(40, 10)
 	fmt.Fprint(s, strings.Repeat("w", 30))
@@ -87,7 +88,7 @@ func TestResize(t *testing.T) {
 // A screen that has been filled to its bounds stays within them.
 func TestBounds(t *testing.T) {
 	longest, lines := 0, 0
-	s := New(1_000_000, 1_000_000, func(l string) { longest, lines = max(longest, utf8.RuneCountInString(l)), lines+1 })
+	s := New(1_000_000, 1_000_000, func(l string, _ time.Time) { longest, lines = max(longest, utf8.RuneCountInString(l)), lines+1 })
 	for range 100 {
 		s.Write(bytes.Repeat([]byte("x"), 100_000))
 		s.Write([]byte("\x1b[9999S\x1b[9999L\x1b[9999@\x1b[9999b\x1b[9999;9999H\x1b[?1049h\x1b[?1049l"))
@@ -145,7 +146,7 @@ func FuzzScreen(f *testing.F) {
 	f.Add(80, 24, []byte("a\x1b[2J|\x1b[?1049hx|\x1b[?1049l\x1b[5;1H\x1b[3Lq\x1b(0x"))
 	f.Add(3, 2, []byte("\x1b[2;2r\x1bM\x1bM日\x1b[9@\x1b[9P\x1b[b"))
 	f.Fuzz(func(t *testing.T, columns, rows int, in []byte) {
-		s := New(columns, rows, func(l string) {
+		s := New(columns, rows, func(l string, _ time.Time) {
 			for _, r := range l {
 				if r < 0x20 || r >= 0x7f && r < 0xa0 {
 					t.Fatalf("%q has a control character", l)
@@ -188,7 +189,7 @@ func FuzzFilter(f *testing.F) {
 
 func BenchmarkScreen(b *testing.B) {
 	text := []byte(strings.Repeat("Nov 25 18:10:01 host service[4711]: \x1b[32mINFO\x1b[0m a line as logs have it, of some length\r\n", 1000))
-	s := New(120, 40, func(string) {})
+	s := New(120, 40, func(string, time.Time) {})
 	b.SetBytes(int64(len(text)))
 	for b.Loop() {
 		s.Write(text)
