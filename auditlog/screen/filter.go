@@ -26,7 +26,7 @@ func (f *Filter) Add(p []byte) []byte {
 }
 
 // Reset puts a terminal back into the state that a program expects: no colours, all of it scrolling, cursor shown, main screen.
-const Reset = "\x1b[0m\x1b[r\x1b[?6l\x1b[?7h\x1b[?25h\x1b[4l\x1b(B\x1b)B\x0f\x1b[?1049l"
+const Reset = "\x1b[0m\x1b[r\x1b[?6l\x1b[?7h\x1b[?25h\x1b[4l\x1b(B\x1b)B\x0f\x1b[?1047l"
 
 // filtering hides the methods that the parser calls.
 type filtering Filter
