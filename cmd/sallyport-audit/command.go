@@ -84,7 +84,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.BoolVar(&t.noPager, "no-pager", false, "do not start $PAGER, or less, on a terminal")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
-		t.searchCommand(), t.playCommand(), t.exportCommand(), t.verifyCommand(), t.versionCommand())
+		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.verifyCommand(), t.versionCommand())
 	return root
 }
 
@@ -92,10 +92,7 @@ func (t *tool) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			v := version
-			if info, ok := debug.ReadBuildInfo(); ok && v == "devel" {
-				v = cmp.Or(info.Main.Version, v)
-			}
+			v := toolVersion()
 			if t.output == "json" {
 				return printJSON(c.OutOrStdout(), map[string]any{"version": v, "format": auditlog.FormatVersion})
 			}
@@ -103,6 +100,13 @@ func (t *tool) versionCommand() *cobra.Command {
 			return err
 		},
 	}
+}
+
+func toolVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && version == "devel" {
+		return cmp.Or(info.Main.Version, version)
+	}
+	return version
 }
 
 // open opens the source, the store at if that is not empty.

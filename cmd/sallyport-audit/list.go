@@ -158,18 +158,18 @@ func (s *summary) add(rec auditlog.Record) {
 	s.End = rec.Time
 	switch b := rec.Body.(type) {
 	case *auditlog.Connect:
-		s.Source = b.Source
+		s.Source = bounded(b.Source)
 	case *auditlog.Authenticate:
 		if b.Result == "proven" {
-			s.User = b.User
+			s.User = bounded(b.User)
 		}
 	case *auditlog.Decision:
 		s.addDecision(b)
 	case *auditlog.Sandbox:
-		s.Image, s.Digest = b.Image, b.Digest
+		s.Image, s.Digest = bounded(b.Image), bounded(b.Digest)
 	case *auditlog.Request:
 		if c := commandOf(b); c != "" && b.OK && len(s.Commands) < maxListed {
-			s.Commands = append(s.Commands, short(c, maxListedText))
+			s.Commands = append(s.Commands, bounded(c))
 		}
 	case *auditlog.Data:
 		if b.Stream == auditlog.Input {
@@ -186,22 +186,25 @@ func (s *summary) add(rec auditlog.Record) {
 	case *auditlog.Alert, *auditlog.Unaudited:
 		s.Alerts++
 	case *auditlog.End:
-		s.Cause = b.Cause
+		s.Cause = bounded(b.Cause)
 	}
 }
 
 func (s *summary) addDecision(b *auditlog.Decision) {
-	s.User = cmp.Or(b.User, s.User)
-	s.Profile = cmp.Or(b.Profile, s.Profile)
+	s.User = cmp.Or(bounded(b.User), s.User)
+	s.Profile = cmp.Or(bounded(b.Profile), s.Profile)
 	if len(b.Groups) > 0 {
-		s.Groups = b.Groups[:min(len(b.Groups), maxListed)]
+		s.Groups = nil
+		for _, g := range b.Groups[:min(len(b.Groups), maxListed)] {
+			s.Groups = append(s.Groups, bounded(g))
+		}
 	}
 	if b.Ticket == "" {
 		return
 	}
-	s.Ticket = b.Ticket
-	if len(s.Tickets) < maxListed && !slices.Contains(s.Tickets, b.Ticket) {
-		s.Tickets = append(s.Tickets, b.Ticket)
+	s.Ticket = bounded(b.Ticket)
+	if len(s.Tickets) < maxListed && !slices.Contains(s.Tickets, s.Ticket) {
+		s.Tickets = append(s.Tickets, s.Ticket)
 	}
 }
 
@@ -243,12 +246,22 @@ func dash(s string) string {
 	return s
 }
 
+// short is s, or its first n-1 characters with a mark that there were more.
 func short(s string, n int) string {
-	if r := []rune(s); len(r) > n {
-		return string(r[:n-1]) + "…"
+	count, cut := 0, 0
+	for i := range s {
+		if count == n-1 {
+			cut = i
+		}
+		if count++; count > n {
+			return strings.Clone(s[:cut]) + "…"
+		}
 	}
 	return s
 }
+
+// bounded cuts a text that a summary keeps.
+func bounded(s string) string { return short(s, maxListedText) }
 
 func size(n uint64) string {
 	switch {

@@ -55,7 +55,7 @@ commands and programs with their arguments, and in the names of files. What was 
 The flags choose the sessions, as for list. Several are read at the same time. The exit code is 1 if nothing was found, 2 if a log that
 was read is damaged.`,
 		Example: `  sallyport-audit search 'DROP TABLE'
-  sallyport-audit search -i password --user alice --since 1w
+  sallyport-audit search -I password --user alice --since 1w
   sallyport-audit search -e 'token=[0-9a-f]{32}' --in terminal -o json
   sallyport-audit search payroll.csv --in file,command --session 01JD`,
 		RunE: func(c *cobra.Command, args []string) error {
@@ -75,7 +75,7 @@ was read is damaged.`,
 		},
 	}
 	f := c.Flags()
-	f.BoolVarP(&o.ignoreCase, "ignore-case", "i", false, "let case not count")
+	f.BoolVarP(&o.ignoreCase, "ignore-case", "I", false, "let case not count")
 	f.BoolVarP(&o.regexp, "regexp", "e", false, "TEXT is a regular expression (RE2)")
 	f.StringSliceVar(&o.in, "in", nil, "look only in these: terminal (and other output), command, file")
 	f.StringVar(&o.id, "session", "", "look only in this session")

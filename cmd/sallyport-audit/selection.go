@@ -27,8 +27,8 @@ type selection struct {
 	alerts       bool
 	limit        int
 
-	from, to time.Time // of since and until; zero: no bound
-	networks []netip.Prefix
+	after, before time.Time // of since and until; zero: no bound
+	networks      []netip.Prefix
 }
 
 // flags adds the flags by which sessions are chosen.
@@ -54,13 +54,13 @@ func (s *selection) prepare(now time.Time, loc *time.Location) (err error) {
 	if s.limit < 0 {
 		return fmt.Errorf("--limit %d: want 0 or more", s.limit)
 	}
-	if s.from, err = parseTime(s.since, now, loc, false); err != nil {
+	if s.after, err = parseTime(s.since, now, loc, false); err != nil {
 		return fmt.Errorf("--since: %w", err)
 	}
-	if s.to, err = parseTime(s.until, now, loc, true); err != nil {
+	if s.before, err = parseTime(s.until, now, loc, true); err != nil {
 		return fmt.Errorf("--until: %w", err)
 	}
-	if !s.from.IsZero() && !s.to.IsZero() && !s.from.Before(s.to) {
+	if !s.after.IsZero() && !s.before.IsZero() && !s.after.Before(s.before) {
 		return errors.New("--since is not before --until")
 	}
 	for _, v := range s.sources {
@@ -136,15 +136,15 @@ func parseAge(s string) (time.Duration, error) {
 // logs yields the sessions' logs of the days that the selection needs.
 func (s *selection) logs(ctx context.Context, src auditlog.Source) iter.Seq2[auditlog.Stored, error] {
 	const day, layout, maxDays = 24 * time.Hour, "2006/01/02", 400
-	last := s.to
+	last := s.before
 	if last.IsZero() {
 		last = time.Now().Add(day) // a gate's clock may be ahead
 	}
-	first, end := s.from.UTC().Format(layout), last.UTC().Format(layout)
-	if s.from.IsZero() || last.Sub(s.from) > maxDays*day {
+	first, end := s.after.UTC().Format(layout), last.UTC().Format(layout)
+	if s.after.IsZero() || last.Sub(s.after) > maxDays*day {
 		return func(yield func(auditlog.Stored, error) bool) {
 			for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix) {
-				if err == nil && len(log.Segments) > 0 && (!s.from.IsZero() && log.Name.Day < first || !s.to.IsZero() && log.Name.Day > end) {
+				if err == nil && len(log.Segments) > 0 && (!s.after.IsZero() && log.Name.Day < first || !s.before.IsZero() && log.Name.Day > end) {
 					continue
 				}
 				if !yield(log, err) {
@@ -154,7 +154,7 @@ func (s *selection) logs(ctx context.Context, src auditlog.Source) iter.Seq2[aud
 		}
 	}
 	return func(yield func(auditlog.Stored, error) bool) {
-		for at := s.from.UTC(); at.Format(layout) <= end; at = at.Add(day) {
+		for at := s.after.UTC(); at.Format(layout) <= end; at = at.Add(day) {
 			for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix+at.Format(layout)+"/") {
 				if !yield(log, err) || err != nil {
 					return
@@ -172,7 +172,7 @@ func (s *selection) match(m *summary) bool {
 		})
 	}
 	switch {
-	case !s.from.IsZero() && m.Start.Before(s.from), !s.to.IsZero() && !m.Start.Before(s.to):
+	case !s.after.IsZero() && m.Start.Before(s.after), !s.before.IsZero() && !m.Start.Before(s.before):
 	case !has(s.users, m.User), !has(s.groups, m.Groups...), !has(s.tickets, append(m.Tickets[:len(m.Tickets):len(m.Tickets)], m.Ticket)...), !has(s.images, m.Image):
 	case !has(s.profiles, m.Profile), !has(s.causes, m.Cause), !has(s.states, string(m.State)):
 	case s.command != "" && !m.hasCommand, s.file != "" && !m.hasFile, s.alerts && m.Alerts == 0:
