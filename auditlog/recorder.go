@@ -65,6 +65,7 @@ type Recorder struct {
 	pending  int64  // bytes taken, not yet durable
 	oldest   time.Time
 	progress chan struct{} // closed when durable moves; nil while nobody waits
+	at       time.Time     // of the records to come; zero: now
 	err      error         // why the log is lost
 	closeErr error
 
@@ -163,7 +164,7 @@ func (r *Recorder) Record(channel uint32, body Body) error {
 func (r *Recorder) add(channel uint32, kind Kind, body []byte) {
 	now := r.log.now()
 	before := r.grow(maxHead + len(body))
-	r.tail.b = append(appendHead(r.tail.b, r.next, now, channel, kind), body...)
+	r.tail.b = append(appendHead(r.tail.b, r.next, r.stamp(now), channel, kind), body...)
 	r.added(len(r.tail.b)-before, now)
 }
 
@@ -192,7 +193,7 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	}
 	now := r.log.now()
 	before := r.grow(overhead + len(p))
-	b := appendHead(r.tail.b, r.next, now, channel, KindData)
+	b := appendHead(r.tail.b, r.next, r.stamp(now), channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)
 	r.added(len(r.tail.b)-before, now)
 	return nil

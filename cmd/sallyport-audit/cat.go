@@ -204,6 +204,11 @@ func newLine(rec auditlog.Record) line {
 			Stream string `json:"stream"`
 			SHA256 string `json:"sha256,omitempty"`
 		}{b, streamName(b.Stream), hex.EncodeToString(b.SHA256)}
+	case *auditlog.Import:
+		l.Body = struct {
+			*auditlog.Import
+			SHA256 string `json:"sha256"`
+		}{b, hex.EncodeToString(b.SHA256)}
 	case *auditlog.Unknown:
 		l.Body = map[string]string{"cbor": hex.EncodeToString(b.Raw)}
 	}

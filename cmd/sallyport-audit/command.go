@@ -84,7 +84,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.BoolVar(&t.noPager, "no-pager", false, "do not start $PAGER, or less, on a terminal")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
-		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.verifyCommand(), t.versionCommand())
+		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.importCommand(), t.verifyCommand(), t.versionCommand())
 	return root
 }
 

@@ -185,6 +185,8 @@ func (s *summary) add(rec auditlog.Record) {
 		s.Forwards++
 	case *auditlog.Alert, *auditlog.Unaudited:
 		s.Alerts++
+	case *auditlog.Import:
+		s.Imported = bounded(b.Format)
 	case *auditlog.End:
 		s.Cause = bounded(b.Cause)
 	}

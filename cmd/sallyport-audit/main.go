@@ -37,7 +37,7 @@ func exitCode(err error, stderr io.Writer) int {
 		return 0
 	case errors.Is(err, errDamaged):
 		return exitDamaged
-	case errors.Is(err, context.Canceled), errors.Is(err, syscall.EPIPE), errors.Is(err, errNothing):
+	case errors.Is(err, context.Canceled), errors.Is(err, syscall.EPIPE), errors.Is(err, errNothing), errors.Is(err, errSilent):
 		return exitError
 	}
 	fmt.Fprintln(stderr, "sallyport-audit:", clean(err.Error()))

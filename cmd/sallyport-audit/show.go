@@ -381,6 +381,11 @@ func (t *tool) tellEvent(w *textWriter, rec auditlog.Record) {
 		w.field("ALERT", b.Name, b.Detail)
 	case *auditlog.End:
 		w.field("end", b.Cause, b.Detail, t.time(rec.Time))
+	case *auditlog.Import:
+		w.field("imported", b.Format, "file "+b.File, fmt.Sprintf("sha256 %x", b.SHA256), t.time(b.Time), b.Version)
+		w.field("", b.Statement)
+	case *auditlog.ImportNote:
+		w.field("import", fmt.Sprintf("message of type %d", b.Type), b.Text)
 	case *auditlog.Refused:
 		w.field("refused", fmt.Sprintf("%d from %s", b.Count, b.Source), b.Client, labelled("users", strings.Join(b.Users, " ")),
 			labelled("keys", strings.Join(b.Fingerprints, " ")), b.Reason, t.time(b.First)+" to "+t.time(b.Last))
@@ -437,6 +442,8 @@ func (t *tool) tellChannelEvent(w *textWriter, rec auditlog.Record) {
 		t.tellForward(w, b)
 	case *auditlog.Exit:
 		w.field("exit", exitText(b), b.Error)
+	case *auditlog.ImportNote:
+		w.field("import", fmt.Sprintf("message of type %d", b.Type), b.Text)
 	}
 }
 
