@@ -29,7 +29,7 @@ func (t *tool) catCommand() *cobra.Command {
 	var o catOptions
 	c := &cobra.Command{
 		Use: "cat ID", Short: "Print a log's records as JSON lines, or the exact bytes of a stream", Args: cobra.ExactArgs(1),
-		Long: `Print a log's records as JSON lines. Bytes are {"text": ...} where they are valid UTF-8, {"base64": ...} where not.
+		Long: `Print a log's records as JSON lines. Bytes are {"text": ...} where they are valid UTF-8 (and less than a MiB), {"base64": ...} where not.
 
 With --raw, the bytes of one stream of one channel are written as they were recorded, and nothing else. They are not made
 safe for a terminal: write them to a file.`,
@@ -150,6 +150,9 @@ type line struct {
 	Body     any       `json:"body"`
 }
 
+// maxJSONText is what is written as text; no gate writes more into a record, and as text some bytes take six times their room.
+const maxJSONText = 1 << 20
+
 // jsonBytes are bytes as text, where they are that.
 type jsonBytes struct {
 	Text   *string `json:"text,omitempty"`
@@ -160,7 +163,7 @@ func newBytes(b []byte) *jsonBytes {
 	if len(b) == 0 {
 		return nil
 	}
-	if !utf8.Valid(b) {
+	if len(b) > maxJSONText || !utf8.Valid(b) {
 		return &jsonBytes{Base64: b}
 	}
 	s := string(b)

@@ -239,6 +239,14 @@ func printJSON(w io.Writer, v any) error {
 	if err != nil {
 		return err
 	}
-	_, err = w.Write(append(safeJSON(b), '\n'))
+	b = safeJSON(b)
+	if len(b) < 1<<20 {
+		b = append(b, '\n') // in one Write
+	} else if _, err := w.Write(b); err != nil {
+		return err
+	} else {
+		b = []byte{'\n'}
+	}
+	_, err = w.Write(b)
 	return err
 }

@@ -248,7 +248,7 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored) 
 	var s reportSession
 	text := 0
 	lines := newRendering(func(line readLine) {
-		if text += len(line.text); text > maxReportText {
+		if text += len(line.text) + 64; text > maxReportText {
 			s.LinesCut = true
 			return
 		}
@@ -289,9 +289,9 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored) 
 }
 
 func (t *tool) reportFile(rec auditlog.Record, b *auditlog.Transfer) reportFile {
-	f := reportFile{Time: t.clock(rec.Time), What: clean(transferWord(b)), Path: clean(short(transferPath(b), maxListedText)), Bytes: "-", Result: clean(short(transferResult(b), 200))}
+	f := reportFile{Time: t.clock(rec.Time), What: clean(transferWord(b)), Path: clean(short(transferPath(b), 1000)), Bytes: "-", Result: clean(short(transferResult(b), 200))}
 	if target := transferTarget(b); target != "" {
-		f.Path += " to " + clean(short(target, maxListedText))
+		f.Path += " to " + clean(short(target, 1000))
 	}
 	if flow := transferFlow(b); flow != nil && b.Op != "list" {
 		f.Bytes = fmt.Sprint(flow.Bytes)

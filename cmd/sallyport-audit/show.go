@@ -35,7 +35,7 @@ type account struct {
 }
 
 // maxKept bounds the bytes of the records that an account, or a tree of programs, keeps.
-const maxKept = 32 << 20
+const maxKept = 16 << 20
 
 // room says whether a record's body still has room, and takes it.
 func (a *account) room(b auditlog.Body) bool {
@@ -152,7 +152,7 @@ func (a *account) add(rec auditlog.Record) {
 			c.hidden++
 		}
 		if int(b.Stream) < len(c.streams) {
-			c.streams[b.Stream].add(b.Data)
+			c.streams[b.Stream].add(b.Data, &a.kept)
 		}
 		return
 	case *auditlog.ChannelOpen:
@@ -172,7 +172,8 @@ func (a *account) add(rec auditlog.Record) {
 	}
 }
 
-func (s *shownStream) add(p []byte) {
+// add takes bytes; kept is what all that an account keeps has already.
+func (s *shownStream) add(p []byte, kept *int) {
 	s.bytes += uint64(len(p))
 	s.head = append(s.head, p[:min(len(p), 9-len(s.head))]...)
 	s.binary = s.binary || bytes.IndexByte(p, 0) >= 0
@@ -180,13 +181,15 @@ func (s *shownStream) add(p []byte) {
 		s.text.Reset()
 		return
 	}
-	if room := maxShownText - s.text.Len(); room <= 0 {
+	if room := min(maxShownText-s.text.Len(), (maxKept-*kept)/6); room <= 0 {
 		s.cut = s.cut || len(p) > 0
 		return
 	} else if len(p) > room {
 		p, s.cut = p[:room], true
 	}
+	before := s.text.Len()
 	s.text.WriteString(s.term.add(p))
+	*kept += s.text.Len() - before
 }
 
 // textWriter keeps the first error.
