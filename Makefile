@@ -1,8 +1,8 @@
 # make demo     a gate with everything it needs on 127.0.0.1:2222 until Ctrl-C (PORT=, ONCE=1 ends after its proof);
 #               BACKEND=kubernetes: sandboxes on the cluster of KUBECONFIG, or on one of its own
-# make test     all tests with -race and what they need (PKG=./authz/... TESTFLAGS='-run Login -v');
-#               KUBERNETES=yes: those on a cluster, too
-# make bench    the benchmarks beside sshd and the bare Docker API
+# make test     all tests with -race and what they need (PKG=./authz/... TESTFLAGS='-run Login -v'), on the cluster of
+#               KUBECONFIG or one of its own, too (KUBERNETES=no: not on that)
+# make bench    the benchmarks beside sshd, the bare Docker API, and on Kubernetes (KUBERNETES=no: not on that)
 # make build    bin/sallyport, bin/sallyport-audit, bin/sallyport-agent
 # make lint     gofmt, go vet, staticcheck      make vuln   known vulnerabilities
 # make image    the server's image              make debug-image   the sandbox's

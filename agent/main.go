@@ -35,6 +35,8 @@ func RunChild() {
 		err = serveSFTP()
 	case relayName:
 		err = relayCommand(os.Args[1:])
+	case pinName:
+		err = pinCommand(os.Args[1:])
 	case serveName:
 		// A gate that goes away is how each of these ends: nothing to tell.
 		if err := serveCommand(os.Args[1:]); err != nil {
@@ -68,11 +70,15 @@ func Main(args []string, stdout, stderr io.Writer) int {
 		err = serveCommand(args[2:])
 	case len(args) > 1 && args[1] == "relay":
 		err = relayCommand(args[2:])
+	case len(args) > 1 && args[1] == "pin":
+		err = pinCommand(args[2:])
+	case len(args) == 2 && args[1] == "end":
+		err = endContainer()
 	case len(args) == 3 && args[1] == "install":
 		err = install(args[2])
 	default:
-		err = errors.New("usage: sallyport-agent serve --key KEY (--socket PATH | --relay PATH) | relay --socket PATH | " +
-			"install DIRECTORY | version")
+		err = errors.New("usage: sallyport-agent serve --key KEY (--socket PATH | --relay PATH [--direct ADDRESS]) | " +
+			"relay --socket PATH | pin --socket PATH | install DIRECTORY | end | version")
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "sallyport-agent:", err)
@@ -85,19 +91,28 @@ func exitCode(err error) int {
 	if errors.Is(err, errRelayGone) {
 		return ExitRelay
 	}
+	if errors.Is(err, errSharedUID) {
+		return ExitShared
+	}
 	return 1
 }
 
 // relayCommand parses the command line of a relay.
 func relayCommand(args []string) error {
-	f := flag.NewFlagSet("relay", flag.ContinueOnError)
-	f.SetOutput(io.Discard)
-	socket := f.String("socket", RelaySocket, "path of the agent's socket")
-	pid := f.Int("pid", 1, "the agent's process")
-	if err := f.Parse(args); err != nil {
+	socket, pid, err := relayFlags(args)
+	if err != nil {
 		return err
 	}
-	return relay(*socket, *pid)
+	return relay(socket, pid)
+}
+
+// relayFlags says where the agent listens, and which process it is.
+func relayFlags(args []string) (socket string, pid int, err error) {
+	f := flag.NewFlagSet("relay", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&socket, "socket", RelaySocket, "path of the agent's socket")
+	f.IntVar(&pid, "pid", 1, "the agent's process; 0: whichever of this container's listens")
+	return socket, pid, f.Parse(args)
 }
 
 // serveCommand parses the command line of an agent.
@@ -111,9 +126,16 @@ func serveCommand(args []string) error {
 	)
 	f.StringVar(&c.Socket, "socket", "", "path of the gate's socket")
 	f.StringVar(&c.Relay, "relay", "", "path of a socket to be made for a relay, instead of the gate's")
+	f.StringVar(&c.Direct, "direct", "", "address to wait for the gate at, instead of a relay")
 	f.StringVar(&c.Home, "home", "", "home directory")
+	alone := f.Bool("own-uid", false, "end if a process of another container in the process namespace has this uid")
 	if err := f.Parse(args); err != nil {
 		return err
+	}
+	if *alone {
+		if err := refuseSharedUID(); err != nil {
+			return err
+		}
 	}
 	b, err := base64.StdEncoding.DecodeString(*text)
 	if err != nil || len(b) != ed25519.PublicKeySize {
@@ -133,6 +155,8 @@ func serveCommand(args []string) error {
 		}
 	} else if (c.Socket == "") == (c.Relay == "") {
 		return errors.New("either --socket or --relay is needed")
+	} else if c.Direct != "" && c.Relay == "" {
+		return errors.New("--direct needs --relay")
 	}
 	return Serve(c)
 }

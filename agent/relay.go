@@ -90,7 +90,7 @@ func takeRelay(ctx context.Context, name string) (_ *relayed, err error) {
 			r.who = key(p)
 		}
 	}
-	if r.who.pid == 0 || int(cred.Uid) != os.Getuid() {
+	if r.who.pid == 0 || int(cred.Uid) != os.Getuid() || os.Getpid() != 1 && !sameContainer(int(cred.Pid)) {
 		return nil, errors.New("the relay is none of this sandbox's processes")
 	}
 	if r.Conn, err = takePipes(peer); err != nil {
@@ -148,8 +148,8 @@ func peerOf(c *net.UnixConn) (*unix.Ucred, error) {
 	return cred, cerr
 }
 
-// relay hands this process's stdin and stdout to the agent of that pid at the path of its socket, and returns when the
-// agent is done with them.
+// relay hands this process's stdin and stdout to the agent of that pid, or to this container's whatever its pid is if that is 0,
+// at the path of its socket, and returns when the agent is done with them.
 func relay(name string, pid int) error {
 	// Executed from a file that nobody can read it is undumpable already. No session's process is to trace it.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -167,7 +167,9 @@ func relay(name string, pid int) error {
 	if err != nil {
 		return fmt.Errorf("who is the agent: %w", err)
 	}
-	if int(cred.Pid) != pid {
+	// In a process namespace that is another container's the agent has any number. No process of the session's exists yet, so
+	// what this container's own processes are is the agent.
+	if pid != 0 && int(cred.Pid) != pid || pid == 0 && !sameContainer(int(cred.Pid)) {
 		return fmt.Errorf("process %d listens, which is not the agent", cred.Pid)
 	}
 	if err := peer.SetDeadline(time.Now().Add(handshakeLimit)); err != nil {

@@ -35,6 +35,7 @@ type Config struct {
 	Key    ed25519.PublicKey // whoever holds its private half is the gate
 	Socket string            // path of the gate's socket
 	Relay  string            // instead of Socket: path of a socket to be made, for a relay
+	Direct string            // with Relay: address to wait for the gate at; the path is then where the pin asks
 	Conn   net.Conn          // instead of Socket
 	Home   string            // directory of the session's processes; empty: as the environment or the image says
 }
@@ -54,6 +55,14 @@ func Serve(config Config) error {
 	var err error
 	switch {
 	case conn != nil:
+	case config.Direct != "":
+		l, err := net.Listen("tcp", config.Direct)
+		if err != nil {
+			return fmt.Errorf("listen for the gate: %w", err)
+		}
+		if conn, err = takeDirect(ctx, config.Relay, l, config.Key); err != nil {
+			return err
+		}
 	case config.Relay != "":
 		if handed, err = takeRelay(ctx, config.Relay); err != nil {
 			return err

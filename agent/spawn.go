@@ -21,6 +21,7 @@ const (
 	sftpName   = "agent-sftp"
 	serveName  = "agent-serve"
 	relayName  = "agent-relay"
+	pinName    = "agent-pin"
 	probeName  = "agent-probe"
 )
 

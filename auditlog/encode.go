@@ -189,6 +189,8 @@ func newBody(k Kind) Body {
 		return new(End)
 	case KindRefused:
 		return new(Refused)
+	case KindIndex:
+		return new(Entry)
 	case KindProgramExec:
 		return new(ProgramExec)
 	case KindProgramStart:
@@ -246,6 +248,8 @@ func (k Kind) String() string {
 		return "end"
 	case KindRefused:
 		return "refused"
+	case KindIndex:
+		return "index"
 	case KindProgramExec:
 		return "program-exec"
 	case KindProgramStart:

@@ -150,7 +150,7 @@ func TestFoldedSource(t *testing.T) {
 
 // However many sources there are, a period holds a bounded number.
 func TestFoldBounded(t *testing.T) {
-	l := &Log{now: time.Now}
+	l := &Log{now: time.Now, wall: time.Now}
 	var sum uint64
 	for i := range 1000 {
 		l.Refused(Refused{Source: "10.0." + string(rune('0'+i%8)) + "." + time.Duration(i).String()[:1], Users: []string{strings.Repeat("u", i)}})

@@ -1,6 +1,7 @@
 package auditlog
 
 import (
+	"crypto"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
@@ -87,6 +88,7 @@ type Header struct {
 	Previous Hash      // of all stored bytes of the segment before; zero in segment 0
 	Start    time.Time // when the segment was begun
 	First    uint64    // sequence of its first record
+	Wrapped  []byte    // key of its encrypted frames: an age file to the auditors; empty: none is encrypted
 }
 
 type wireHeader struct {
@@ -98,12 +100,13 @@ type wireHeader struct {
 	Previous []byte `cbor:"6,keyasint"`
 	Start    int64  `cbor:"7,keyasint"`
 	First    uint64 `cbor:"8,keyasint"`
+	Wrapped  []byte `cbor:"9,keyasint,omitempty"`
 }
 
 // encode gives the header as stored, from magic to CRC.
 func (h Header) encode() ([]byte, error) {
 	w := wireHeader{Kind: uint8(h.Kind), Gate: h.Gate, ID: h.ID, LogStart: h.LogStart.UnixNano(), Number: h.Number,
-		Previous: h.Previous[:], Start: h.Start.UnixNano(), First: h.First}
+		Previous: h.Previous[:], Start: h.Start.UnixNano(), First: h.First, Wrapped: h.Wrapped}
 	body, err := encMode.Marshal(w)
 	if err != nil {
 		return nil, fmt.Errorf("encode header: %w", err)
@@ -124,9 +127,9 @@ func decodeHeader(body []byte) (Header, error) {
 		return Header{}, fmt.Errorf("header: %w", err)
 	}
 	h := Header{Kind: LogKind(w.Kind), Gate: w.Gate, ID: w.ID, LogStart: time.Unix(0, w.LogStart).UTC(),
-		Number: w.Number, Start: time.Unix(0, w.Start).UTC(), First: w.First}
+		Number: w.Number, Start: time.Unix(0, w.Start).UTC(), First: w.First, Wrapped: w.Wrapped}
 	switch {
-	case h.Kind != SessionLog && h.Kind != GateLog:
+	case h.Kind != SessionLog && h.Kind != GateLog && h.Kind != IndexLog:
 		return Header{}, fmt.Errorf("header: unknown kind of log %d", w.Kind)
 	case !ValidID(h.ID):
 		return Header{}, fmt.Errorf("header: %.80q is no ID", h.ID)
@@ -145,23 +148,38 @@ func decodeHeader(body []byte) (Header, error) {
 type frameHeader struct {
 	kind    uint8
 	codec   uint8
-	flags   uint16 // none is defined yet
+	flags   uint16
 	stored  uint32
 	decoded uint32
 	count   uint32 // of records; of the footer: in the whole segment
 	first   uint64 // sequence of the first record; of the footer: of the record that would come next
 }
 
+func (f frameHeader) encrypted() bool { return f.flags&flagEncrypted != 0 }
+
+// plain is the length of the payload once decrypted, before it is decoded.
+func (f frameHeader) plain() uint32 {
+	if f.encrypted() {
+		return f.stored - tagBytes
+	}
+	return f.stored
+}
+
 // append adds the header with its CRC, which covers the header before it and the payload.
 func (f frameHeader) append(b, payload []byte) []byte {
 	n := len(b)
+	b = f.appendFields(b)
+	return binary.BigEndian.AppendUint32(b, crc32.Update(crc32.Checksum(b[n:], castagnoli), castagnoli, payload))
+}
+
+// appendFields adds the header without its CRC.
+func (f frameHeader) appendFields(b []byte) []byte {
 	b = append(b, f.kind, f.codec)
 	b = binary.BigEndian.AppendUint16(b, f.flags)
 	b = binary.BigEndian.AppendUint32(b, f.stored)
 	b = binary.BigEndian.AppendUint32(b, f.decoded)
 	b = binary.BigEndian.AppendUint32(b, f.count)
-	b = binary.BigEndian.AppendUint64(b, f.first)
-	return binary.BigEndian.AppendUint32(b, crc32.Update(crc32.Checksum(b[n:], castagnoli), castagnoli, payload))
+	return binary.BigEndian.AppendUint64(b, f.first)
 }
 
 func decodeFrameHeader(b []byte) (f frameHeader, crc uint32, err error) {
@@ -172,13 +190,13 @@ func decodeFrameHeader(b []byte) (f frameHeader, crc uint32, err error) {
 		err = fmt.Errorf("unknown type of frame %d", f.kind)
 	case f.codec > codecS2 || f.kind == frameFooter && f.codec != codecNone:
 		err = fmt.Errorf("unknown codec %d", f.codec)
-	case f.flags != 0:
+	case f.flags&^(flagEncrypted|flagEnds) != 0 || f.flags == flagEnds || f.kind == frameFooter && f.flags != 0:
 		err = fmt.Errorf("unknown flags %#x", f.flags)
 	case f.stored > MaxFrameBytes || f.decoded > MaxFrameBytes:
 		err = fmt.Errorf("frame of %d bytes, decoded %d, is too large", f.stored, f.decoded)
 	case f.kind == frameFooter && f.stored > maxStatement:
 		err = fmt.Errorf("footer of %d bytes is too large", f.stored)
-	case f.codec == codecNone && f.stored != f.decoded:
+	case f.encrypted() && f.stored < tagBytes || f.codec == codecNone && f.plain() != f.decoded:
 		err = fmt.Errorf("frame of %d bytes says it holds %d", f.stored, f.decoded)
 	}
 	return f, binary.BigEndian.Uint32(b[24:]), err
@@ -192,6 +210,9 @@ type Footer struct {
 	Interrupted bool   // sealed by a later start of the gate, not by the one that wrote it
 	PublicKey   ed25519.PublicKey
 	Time        time.Time // when it was sealed
+	Segments    uint32    // of the last: how many the log has
+	LogRecords  uint64    // of the last: how many records they have in all
+	Tree        string    // of the last: origin of the transparency log that the log goes into; "" for none
 	Verified    bool      // the signature is PublicKey's; says nothing of whose key that is
 }
 
@@ -202,6 +223,9 @@ type wireFooter struct {
 	Interrupted bool   `cbor:"4,keyasint"`
 	PublicKey   []byte `cbor:"5,keyasint"`
 	Time        int64  `cbor:"6,keyasint"`
+	Segments    uint32 `cbor:"7,keyasint,omitempty"`
+	LogRecords  uint64 `cbor:"8,keyasint,omitempty"`
+	Tree        string `cbor:"9,keyasint,omitempty"`
 }
 
 // footerMessage is what the signature signs.
@@ -211,17 +235,26 @@ func footerMessage(statement []byte) []byte {
 }
 
 // encode gives the footer's payload: statement and signature.
-func (f Footer) encode(key ed25519.PrivateKey) ([]byte, error) {
+func (f Footer) encode(key crypto.Signer) ([]byte, error) {
 	pub, ok := key.Public().(ed25519.PublicKey)
 	if !ok {
 		return nil, errors.New("encode footer: not an ed25519 key")
 	}
 	statement, err := encMode.Marshal(wireFooter{Hash: f.Hash[:], Records: f.Records, Last: f.Last,
-		Interrupted: f.Interrupted, PublicKey: pub, Time: f.Time.UnixNano()})
+		Interrupted: f.Interrupted, PublicKey: pub, Time: f.Time.UnixNano(),
+		Segments: f.Segments, LogRecords: f.LogRecords, Tree: f.Tree})
 	if err != nil {
 		return nil, fmt.Errorf("encode footer: %w", err)
 	}
-	return append(statement, ed25519.Sign(key, footerMessage(statement))...), nil
+	message := footerMessage(statement)
+	sig, err := key.Sign(nil, message, crypto.Hash(0))
+	if err != nil {
+		return nil, fmt.Errorf("sign footer: %w", err)
+	}
+	if !ed25519.Verify(pub, message, sig) {
+		return nil, errors.New("sign footer: what should sign gave a signature that does not verify")
+	}
+	return append(statement, sig...), nil
 }
 
 func decodeFooter(payload []byte) (Footer, error) {
@@ -234,7 +267,7 @@ func decodeFooter(payload []byte) (Footer, error) {
 		return Footer{}, fmt.Errorf("footer: %w", err)
 	}
 	f := Footer{Records: w.Records, Last: w.Last, Interrupted: w.Interrupted, PublicKey: w.PublicKey,
-		Time: time.Unix(0, w.Time).UTC()}
+		Time: time.Unix(0, w.Time).UTC(), Segments: w.Segments, LogRecords: w.LogRecords, Tree: w.Tree}
 	if len(w.Hash) != len(f.Hash) || len(w.PublicKey) != ed25519.PublicKeySize {
 		return Footer{}, errors.New("footer: hash or key of a wrong size")
 	}

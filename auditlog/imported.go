@@ -42,13 +42,16 @@ func (r *Recorder) SetTime(at time.Time) {
 	r.at = at
 	if !r.begun {
 		r.start = at
+		if r.entry != nil {
+			r.entry.Start = at
+		}
 	}
 }
 
 // stamp is the time of a record. The lock is held.
-func (r *Recorder) stamp(now time.Time) time.Time {
+func (r *Recorder) stamp() time.Time {
 	if r.at.IsZero() {
-		return now
+		return r.log.wall()
 	}
 	return r.at
 }

@@ -2,7 +2,7 @@ package auditlog
 
 import (
 	"context"
-	"crypto/ed25519"
+	"crypto"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -14,7 +14,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 // Store takes sealed segments. It is write-only by shape.
@@ -30,19 +33,32 @@ var ErrExists = errors.New("exists with different content")
 // fileOverhead is what a file takes in the spool beside its bytes. Counted, so that the limit bounds the number of files.
 const fileOverhead = 4 << 10
 
+// lastRoom is how close to its limit a spool counts as full: the next record would fit into it, unless it is one of the largest.
+const lastRoom = 256 << 10
+
 // Log is a gate's audit log, the writing side.
 type Log struct {
 	cfg   Config
-	key   ed25519.PrivateKey
+	key   signer
 	store Store
 	gate  string
 	log   *slog.Logger
 	zstd  *zstd.Encoder
 	lock  *os.File
 	used  atomic.Int64 // bytes in the spool
-	now   func() time.Time
+	queue atomic.Int64 // bytes of records that are to be written there, before compression
+	disk  disk
+	now   func() time.Time // for intervals: its readings are of the monotonic clock
+	wall  func() time.Time // for what is written down
+
+	recipients []age.Recipient // whom segments are encrypted to; none: they are in the clear
+	index      index
+	indexClear index // beside one that is encrypted
 
 	uploads  *uploader
+	tree     *tlog.Log // nil: none is configured
+	stopTree func()
+	queueing atomic.Bool // objects go to uploads; before and after, a look at the spool finds them
 	flushers sync.WaitGroup
 	stop     chan struct{} // closed by Close: ends the folding
 	folding  sync.WaitGroup
@@ -58,18 +74,26 @@ type Log struct {
 // Open opens the log of the gate with this name (ValidID) in cfg.Spool, which no other gate may have open. What an earlier
 // gate left there unsealed is sealed, flagged as interrupted and signed with key; what it did not bring to the store is
 // brought there now. ctx bounds opening alone. Unset values of cfg get their defaults.
-func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, gate string, log *slog.Logger) (*Log, error) {
+func Open(ctx context.Context, cfg Config, key crypto.Signer, store Store, gate string, log *slog.Logger) (*Log, error) {
+	return openOn(ctx, osDisk{}, cfg, key, store, gate, log)
+}
+
+func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store Store, gate string, log *slog.Logger) (*Log, error) {
 	cfg = cfg.WithDefaults()
 	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	recipients, err := cfg.loadRecipients()
+	if err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	if !ValidID(gate) {
 		return nil, fmt.Errorf("open log: %q is no name for a gate: want 1 to %d of a-z A-Z 0-9 _ -", gate, maxID)
 	}
-	if len(key) != ed25519.PrivateKeySize {
-		return nil, errors.New("open log: no key")
+	if err := checkKey(key); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
 	}
-	if err := os.MkdirAll(cfg.Spool, 0o700); err != nil {
+	if err := makeSpool(d, cfg.Spool); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	lock, err := lockDir(filepath.Join(cfg.Spool, "lock"))
@@ -80,12 +104,19 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
-	l := &Log{cfg: cfg, key: key, store: store, gate: gate, log: log, zstd: enc, lock: lock, now: time.Now,
-		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
+	l := &Log{cfg: cfg, key: signer{Signer: key}, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
+		recipients: recipients,
+		stop:       make(chan struct{}), live: make(map[*Recorder]struct{})}
+	l.index, l.indexClear = index{l: l}, index{l: l, clear: true}
 	l.uploads = newUploader(l)
+	if err := l.openTree(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
+	}
+	l.used.Store(0) // recover counts all that is there
 	if err := l.recover(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
+	l.stopTree = l.startTree()
 	l.uploads.start()
 	l.folding.Add(1)
 	go l.foldLoop()
@@ -97,8 +128,9 @@ func Open(ctx context.Context, cfg Config, key ed25519.PrivateKey, store Store, 
 func (l *Log) New(id string) *Recorder { return l.newRecorder(SessionLog, id) }
 
 func (l *Log) newRecorder(kind LogKind, id string) *Recorder {
-	r := &Recorder{log: l, kind: kind, id: id, start: l.now(), lost: make(chan struct{}), done: make(chan struct{}),
+	r := &Recorder{log: l, kind: kind, id: id, start: l.wall(), lost: make(chan struct{}), done: make(chan struct{}),
 		wake: make(chan struct{}, 1)}
+	r.entry = l.newEntry(kind, id, r.start)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -118,12 +150,16 @@ func (l *Log) forget(r *Recorder) {
 	delete(l.live, r)
 }
 
-// room says whether the spool may grow, by slack bytes over its limit.
-func (l *Log) room(slack int64) error {
-	if used := l.used.Load(); used >= l.cfg.SpoolLimit+slack {
-		return fmt.Errorf("%w: %d of %d bytes", ErrSpoolLimit, used, l.cfg.SpoolLimit)
+// room says whether the spool may grow.
+func (l *Log) room() error {
+	if l.used.Load() >= l.cfg.SpoolLimit-lastRoom {
+		return l.limitReached()
 	}
 	return nil
+}
+
+func (l *Log) limitReached() error {
+	return fmt.Errorf("%w: %d of %d bytes", ErrSpoolLimit, l.used.Load(), l.cfg.SpoolLimit)
 }
 
 // spoolFailed keeps an error of the spool for Ready.
@@ -142,8 +178,13 @@ func (l *Log) Ready() error {
 	if closed {
 		return ErrClosed
 	}
-	if err := l.room(0); err != nil {
+	if err := l.room(); err != nil {
 		return err
+	}
+	if l.tree != nil {
+		if err := l.tree.Err(); err != nil {
+			return fmt.Errorf("transparency log: %w", err)
+		}
 	}
 	if failed == nil {
 		return nil
@@ -159,12 +200,13 @@ func (l *Log) Ready() error {
 
 // probe writes and syncs a file in the spool.
 func (l *Log) probe() error {
-	f, err := os.CreateTemp(l.cfg.Spool, "probe-*"+probeSuffix)
+	name := filepath.Join(l.cfg.Spool, "probe-"+rand.Text()+probeSuffix)
+	f, err := l.disk.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(make([]byte, fileOverhead))
-	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
+	return errors.Join(err, f.Sync(), f.Close(), l.disk.Remove(name))
 }
 
 const probeSuffix = ".probe"
@@ -190,16 +232,16 @@ func (l *Log) Stats() Stats {
 }
 
 // seal renames a finished segment and hands it to the uploader once its name is durable.
-func (l *Log) seal(w *segmentWriter) error {
+func (l *Log) seal(w *segmentWriter, last bool) error {
 	err := w.rename()
 	if err == nil {
-		err = syncDir(l.cfg.Spool)
+		err = l.disk.SyncDir(l.cfg.Spool)
 	}
 	if err != nil {
 		l.spoolFailed(err)
 		return err
 	}
-	l.uploads.add(w.header.ID, upload{number: w.header.Number, name: w.header.Name().String(), size: w.size})
+	l.uploads.add(w.header.ID, upload{number: w.header.Number, name: w.header.Name().String(), size: w.size, last: last})
 	return nil
 }
 
@@ -233,6 +275,7 @@ func (l *Log) Close(ctx context.Context) error {
 	if own != nil {
 		errs = append(errs, own.Close(&End{Cause: "shutdown"}))
 	}
+	errs = append(errs, l.closeIndex())
 	flushed := make(chan struct{})
 	go func() { l.flushers.Wait(); close(flushed) }()
 	select {
@@ -240,8 +283,9 @@ func (l *Log) Close(ctx context.Context) error {
 	case <-ctx.Done(): // a disk that hangs shall not keep the gate from ending
 		errs = append(errs, context.Cause(ctx))
 	}
+	l.stopTree()
 	l.uploads.close(ctx)
-	errs = append(errs, l.zstd.Close(), l.lock.Close())
+	errs = append(errs, l.closeTree(ctx), l.zstd.Close(), l.lock.Close())
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close log: %w", err)
 	}

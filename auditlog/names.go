@@ -15,6 +15,7 @@ type LogKind uint8
 const (
 	SessionLog LogKind = 1 // one session's
 	GateLog    LogKind = 2 // the gate's own: what did not become a session
+	IndexLog   LogKind = 3 // the gate's index of its sessions
 )
 
 func (k LogKind) String() string {
@@ -23,6 +24,8 @@ func (k LogKind) String() string {
 		return "session"
 	case GateLog:
 		return "gate"
+	case IndexLog:
+		return "index"
 	}
 	return "unknown(" + strconv.Itoa(int(k)) + ")"
 }
@@ -31,6 +34,7 @@ func (k LogKind) String() string {
 const (
 	SessionPrefix = "sessions/"
 	GatePrefix    = "gate/"
+	IndexPrefix   = "index/"
 	// DuplicatePrefix is before what was put under a name that was taken, by a store that could not see by what.
 	DuplicatePrefix = "duplicates/"
 )
@@ -77,7 +81,7 @@ func ValidID(s string) bool {
 // Name is an object's name, taken apart.
 type Name struct {
 	Kind   LogKind
-	Gate   string // only of GateLog
+	Gate   string // of GateLog and IndexLog
 	Day    string // YYYY/MM/DD, UTC, on which the log began
 	ID     string // of the session, or of the gate's run
 	Number uint32
@@ -85,13 +89,17 @@ type Name struct {
 
 // Dir is the prefix, with a slash at its end, that all segments of the log share.
 func (n Name) Dir() string {
-	if n.Kind == GateLog {
+	switch n.Kind {
+	case GateLog:
 		return GatePrefix + n.Gate + "/" + n.Day + "/" + n.ID + "/"
+	case IndexLog:
+		return IndexPrefix + n.Gate + "/" + n.Day + "/" + n.ID + "/"
 	}
 	return SessionPrefix + n.Day + "/" + n.ID + "/"
 }
 
-// String is the object's name: sessions/YYYY/MM/DD/SESSION/NNNNNNNN.seg or gate/NAME/YYYY/MM/DD/ID/NNNNNNNN.seg.
+// String is the object's name: sessions/YYYY/MM/DD/SESSION/NNNNNNNN.seg, or gate/NAME/YYYY/MM/DD/ID/NNNNNNNN.seg, or
+// index/... likewise.
 func (n Name) String() string { return n.Dir() + fmt.Sprintf("%08d", n.Number) + segmentSuffix }
 
 // ParseName takes the name of a segment's object apart.
@@ -102,8 +110,11 @@ func ParseName(s string) (Name, error) {
 	case len(parts) == 6 && parts[0]+"/" == SessionPrefix:
 		n.Kind = SessionLog
 		parts = parts[1:]
-	case len(parts) == 7 && parts[0]+"/" == GatePrefix:
+	case len(parts) == 7 && (parts[0]+"/" == GatePrefix || parts[0]+"/" == IndexPrefix):
 		n.Kind, n.Gate = GateLog, parts[1]
+		if parts[0]+"/" == IndexPrefix {
+			n.Kind = IndexLog
+		}
 		if !ValidID(n.Gate) {
 			return Name{}, fmt.Errorf("parse name %q: not the name of a gate", s)
 		}
@@ -147,7 +158,7 @@ func (h Header) Name() Name {
 }
 
 func gateOf(h Header) string {
-	if h.Kind == GateLog {
+	if h.Kind != SessionLog {
 		return h.Gate
 	}
 	return ""

@@ -2,7 +2,7 @@ package auditlog
 
 import "time"
 
-// What is reported from inside a sandbox by its agent, not seen by the gate. Numbers 14 to 19 are not taken.
+// What is reported from inside a sandbox by its agent, not seen by the gate. Numbers 15 to 19 are not taken.
 const (
 	KindProgramExec  Kind = 20 // ProgramExec
 	KindProgramStart Kind = 21 // ProgramStart

@@ -12,6 +12,7 @@ import (
 	"io"
 	"sync"
 
+	"filippo.io/age"
 	"github.com/klauspost/compress/s2"
 	"github.com/klauspost/compress/zstd"
 )
@@ -41,9 +42,13 @@ type SegmentReader struct {
 	wholeTo uint64 // sequence of the record after it
 	frame   int64  // start of the frame that records come from
 	header  Header
-	records []byte // of the frame, not yet given
-	left    uint32 // of them, by the frame's header
-	next    uint64 // sequence of the next record
+	cipher  *frameCipher // nil: encrypted frames are counted and checked, not read
+	sum     Hash         // of the header as stored
+	unread  uint64       // records in frames that are encrypted, without cipher
+	ended   bool         // the last record is an End
+	records []byte       // of the frame, not yet given
+	left    uint32       // of them, by the frame's header
+	next    uint64       // sequence of the next record
 	stored  bytes.Buffer
 	decoded []byte
 	footer  *Footer
@@ -78,12 +83,43 @@ func NewSegmentReader(r io.Reader) (*SegmentReader, error) {
 		return nil, s.damage("%v", err)
 	}
 	s.hash.Write(b)
+	s.sum = sha256.Sum256(b)
 	s.header, s.next, s.wholeTo, s.whole = h, h.First, h.First, s.offset
 	return s, nil
 }
 
 // Header is the segment's.
 func (s *SegmentReader) Header() Header { return s.header }
+
+// Encrypted says whether the segment has frames that only its recipients can read, and of which types those are, as age names
+// them. An error is a *DamageError.
+func (s *SegmentReader) Encrypted() (recipients []string, err error) {
+	if len(s.header.Wrapped) == 0 {
+		return nil, nil
+	}
+	if recipients, err = recipientTypes(s.header.Wrapped); err != nil {
+		return nil, &DamageError{What: "header: " + err.Error()}
+	}
+	return recipients, nil
+}
+
+// Decrypt lets Next give the records of encrypted frames, which without it are skipped; call it before Next. It returns
+// ErrLocked if none of ids is a recipient: the segment can be read and checked all the same, but for those records.
+func (s *SegmentReader) Decrypt(ids ...age.Identity) error {
+	if len(s.header.Wrapped) == 0 {
+		return nil
+	}
+	key, err := unwrapKey(s.header.Wrapped, ids)
+	if err != nil {
+		return err
+	}
+	defer clear(key)
+	s.cipher, err = newFrameCipher(key, s.sum)
+	return err
+}
+
+// Unread is the number of records that were skipped, as they are encrypted and Decrypt had no key.
+func (s *SegmentReader) Unread() uint64 { return s.unread }
 
 // Footer is the segment's, once Next returned io.EOF.
 func (s *SegmentReader) Footer() (Footer, bool) {
@@ -106,8 +142,8 @@ func (s *SegmentReader) Hash() Hash {
 	return h
 }
 
-// Next gives the next record. At the end of a segment that is whole it returns io.EOF; Footer is there then. Any other
-// error is a *DamageError, and no more records come.
+// Next gives the next record; those in encrypted frames after Decrypt alone. At the end of a segment that is whole it
+// returns io.EOF; Footer is there then. Any other error is a *DamageError, and no more records come.
 func (s *SegmentReader) Next() (Record, error) {
 	if s.err != nil {
 		return Record{}, s.err
@@ -138,6 +174,7 @@ func (s *SegmentReader) read() (Record, error) {
 	case rec.Sequence != s.next:
 		return Record{}, s.damage("record %d where %d should be", rec.Sequence, s.next)
 	}
+	_, s.ended = rec.Body.(*End)
 	s.records = rest
 	s.left--
 	s.next++
@@ -187,6 +224,20 @@ func (s *SegmentReader) readFrame() error {
 	// A record is eight bytes at least: array, sequence, time (five), channel, kind, body. Time may be shorter; six then.
 	if f.count == 0 || uint64(f.count)*6 > uint64(f.decoded) {
 		return s.damage("frame of %d bytes says it holds %d records", f.decoded, f.count)
+	}
+	if f.encrypted() {
+		if len(s.header.Wrapped) == 0 {
+			return s.damage("frame is encrypted, and the header has no key")
+		}
+		if s.cipher == nil {
+			s.next += uint64(f.count)
+			s.unread += uint64(f.count)
+			s.whole, s.wholeTo, s.ended = s.offset, s.next, f.flags&flagEnds != 0
+			return nil
+		}
+		if stored, err = s.cipher.open(f, stored); err != nil {
+			return s.damage("frame: %v", err)
+		}
 	}
 	if s.records, err = s.decode(f, stored); err != nil {
 		return s.damage("frame: %v", err)

@@ -94,6 +94,15 @@ type Sandbox struct {
 	Error   string        `cbor:"8,keyasint,omitempty" json:"error,omitempty"`
 	// ExecAudit says whether the programs it executes are reported: "on", "on, strict", "off", or "off: " and why they can't be.
 	ExecAudit string `cbor:"9,keyasint,omitempty" json:"exec_audit,omitempty"`
+
+	// Of a sandbox that has joined a target, which runs by itself.
+	Target          string   `cbor:"10,keyasint,omitempty" json:"target,omitempty"`           // namespace/pod, or the container's name
+	TargetID        string   `cbor:"11,keyasint,omitempty" json:"target_id,omitempty"`        // the pod's UID, or the container's ID
+	TargetContainer string   `cbor:"12,keyasint,omitempty" json:"target_container,omitempty"` // in the pod
+	TargetImage     string   `cbor:"13,keyasint,omitempty" json:"target_image,omitempty"`     // of the container, as asked for
+	TargetDigest    string   `cbor:"14,keyasint,omitempty" json:"target_digest,omitempty"`    // of its image
+	Joined          []string `cbor:"15,keyasint,omitempty" json:"joined,omitempty"`           // "network", "processes", "files"
+	Weaker          []string `cbor:"16,keyasint,omitempty" json:"weaker,omitempty"`           // guarantees that do not hold, in words
 }
 
 // ChannelOpen is a channel asked for (RFC 4254, section 5.1), by the client, or by the gate where a connection was made

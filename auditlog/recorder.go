@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
 )
@@ -19,14 +18,14 @@ var (
 )
 
 const (
-	frameTarget  = 1 << 20          // decoded bytes at which a frame is handed on
-	dataChunk    = 128 << 10        // more in one Data record is split
-	maxUnproven  = 64 << 10         // of records before Begin
-	pooledBytes  = 1536 << 10       // capacity of pooled buffers: a frame, one record more, s2's worst case
-	growBytes    = 64 << 10         // below, a batch's buffer grows by itself; an idle session has none
-	stallLimit   = 30 * time.Second // that the disk may not answer
-	plainRun     = 8                // frames in a row that did not compress, after which one in so many is tried
-	closingSlack = 1 << 20          // that the spool may go over its limit, so that sessions end in order
+	frameTarget = 1 << 20              // decoded bytes at which a frame is handed on
+	dataChunk   = 128 << 10            // more in one Data record is split
+	maxUnproven = 64 << 10             // of records before Begin
+	pooledBytes = 1536 << 10           // capacity of pooled buffers: a frame, one record more, s2's worst case
+	growBytes   = 64 << 10             // below, a batch's buffer grows by itself; an idle session has none
+	fullPause   = 5 * time.Millisecond // between two looks at what other sessions have in memory, at the spool's limit
+	stallLimit  = 30 * time.Second     // that the disk may not answer
+	plainRun    = 8                    // frames in a row that did not compress, after which one in so many is tried
 )
 
 // batch is records that become one frame.
@@ -34,6 +33,7 @@ type batch struct {
 	b     []byte
 	count int
 	since time.Time // when its first record was made
+	ends  bool      // its last record is an End
 }
 
 // Recorder records one connection. Its methods may be called from several goroutines. The life of one:
@@ -47,6 +47,7 @@ type Recorder struct {
 	kind  LogKind
 	id    string
 	start time.Time
+	open  bool          // not encrypted, whatever the log is
 	lost  chan struct{} // closed once err is set
 	done  chan struct{} // closed when the flusher is through after Close
 	wake  chan struct{} // tells the flusher to look; holds one
@@ -68,6 +69,7 @@ type Recorder struct {
 	at       time.Time     // of the records to come; zero: now
 	err      error         // why the log is lost
 	closeErr error
+	entry    *Entry // in the index; nil: none
 
 	// Owned by Begin, then by the flusher's goroutine, of which there is one at a time.
 	w         *segmentWriter
@@ -76,6 +78,7 @@ type Recorder struct {
 	syncing   *syncing  // nil: none is under way
 	plain     int       // bulk frames in a row that did not compress, or were not tried
 	dirty     time.Time // of the open segment's first record
+	sealed    int64     // bytes of the segments before
 }
 
 // ID is the session's ID.
@@ -97,7 +100,7 @@ func (r *Recorder) Begin() error {
 	if err := r.begin(); err != nil {
 		if r.w != nil { // nothing in it was promised to anybody
 			r.w.f.Close()
-			os.Remove(r.w.f.Name())
+			r.log.disk.Remove(r.w.f.Name())
 			r.log.used.Add(-r.w.size - fileOverhead)
 		}
 		r.broken = true
@@ -109,16 +112,17 @@ func (r *Recorder) Begin() error {
 
 func (r *Recorder) begin() error {
 	l := r.log
-	if err := l.room(0); err != nil {
+	if err := l.room(); err != nil {
 		return err
 	}
-	w, err := createSegment(l.cfg.Spool, Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start})
+	w, err := l.newSegment(Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start}, r.open)
 	if err != nil {
 		l.spoolFailed(err)
 		return err
 	}
 	r.w = w
 	l.used.Add(w.size + fileOverhead)
+	l.queue.Add(int64(len(r.tail.b)))
 	if err := r.write(r.tail, false); err != nil {
 		return err
 	}
@@ -128,7 +132,7 @@ func (r *Recorder) begin() error {
 		return fmt.Errorf("sync segment: %w", err)
 	}
 	r.unsynced, r.unsyncedT = 0, time.Time{}
-	if err := syncDir(l.cfg.Spool); err != nil {
+	if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
 		l.spoolFailed(err)
 		return err
 	}
@@ -156,16 +160,38 @@ func (r *Recorder) Record(channel uint32, body Body) error {
 	if err := r.admit(len(b)); err != nil {
 		return err
 	}
-	r.add(channel, body.Kind(), b)
-	return nil
+	at := r.add(channel, body.Kind(), b)
+	if r.entry != nil {
+		r.entry.add(at, body)
+	}
+	return r.settle()
 }
 
-// add appends a record whose body is encoded. The lock is held and the record admitted.
-func (r *Recorder) add(channel uint32, kind Kind, body []byte) {
-	now := r.log.now()
+// settle waits, where records are durable before what they describe happens, until all so far are. The lock is held, and
+// released while it waits.
+func (r *Recorder) settle() error {
+	// Nothing is passed in the gate's own log, nor before a key was proven: Begin makes durable what came then.
+	if r.log.cfg.Sync != syncBeforePass || r.kind != SessionLog || !r.begun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), stallLimit, ErrStalled)
+	defer cancel()
+	err := r.awaitDurable(ctx)
+	if errors.Is(err, ErrStalled) {
+		r.lose(err)
+		return r.err
+	}
+	return err
+}
+
+// add appends a record whose body is encoded, and gives its time. The lock is held and the record admitted.
+func (r *Recorder) add(channel uint32, kind Kind, body []byte) time.Time {
+	now, at := r.log.now(), r.stamp()
 	before := r.grow(maxHead + len(body))
-	r.tail.b = append(appendHead(r.tail.b, r.next, r.stamp(now), channel, kind), body...)
+	r.tail.b = append(appendHead(r.tail.b, r.next, at, channel, kind), body...)
+	r.tail.ends = kind == KindEnd
 	r.added(len(r.tail.b)-before, now)
+	return at
 }
 
 func (r *Recorder) data(channel uint32, s Stream, p []byte, hidden, eof bool) error {
@@ -178,10 +204,16 @@ func (r *Recorder) data(channel uint32, s Stream, p []byte, hidden, eof bool) er
 			return err
 		}
 		if len(rest) == 0 {
-			return nil
+			break
 		}
 		p = rest
 	}
+	if r.log.cfg.Sync != syncBeforePass {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.settle()
 }
 
 func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool) error {
@@ -191,10 +223,15 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	if err := r.admit(overhead + len(p)); err != nil {
 		return err
 	}
-	now := r.log.now()
+	now, at := r.log.now(), r.stamp()
 	before := r.grow(overhead + len(p))
-	b := appendHead(r.tail.b, r.next, r.stamp(now), channel, KindData)
+	b := appendHead(r.tail.b, r.next, at, channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)
+	r.tail.ends = false
+	if r.entry != nil {
+		r.entry.count(at)
+		r.entry.data(s, len(p))
+	}
 	r.added(len(r.tail.b)-before, now)
 	return nil
 }
@@ -215,7 +252,14 @@ func (r *Recorder) admit(n int) error {
 			}
 			return nil
 		}
-		if err := r.log.room(0); err != nil {
+		// What sessions have in memory is to be in the spool, too. At the limit they wait until it is written: it may compress.
+		queue := r.log.queue.Load()
+		full := r.log.used.Load()+queue+int64(n) > r.log.cfg.SpoolLimit
+		err := r.log.room()
+		if full && queue == 0 {
+			err = r.log.limitReached()
+		}
+		if err != nil {
 			r.lose(err)
 			return r.err
 		}
@@ -223,8 +267,14 @@ func (r *Recorder) admit(n int) error {
 			r.lose(ErrStalled)
 			return r.err
 		}
-		if r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes {
+		if !full && (r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes) {
 			return nil
+		}
+		var others <-chan time.Time
+		if full {
+			r.urgent = true
+			r.notify()
+			others = time.After(fullPause)
 		}
 		if timer == nil {
 			timer = time.NewTimer(stallLimit)
@@ -235,6 +285,7 @@ func (r *Recorder) admit(n int) error {
 		timedOut := false
 		select {
 		case <-progress:
+		case <-others:
 		case <-r.lost:
 		case <-timer.C:
 			timedOut = true
@@ -298,6 +349,7 @@ func (r *Recorder) added(n int, now time.Time) {
 		r.oldest = now
 	}
 	r.pending += int64(n)
+	r.log.queue.Add(int64(n))
 	if len(r.tail.b) >= frameTarget {
 		r.handOn()
 	}
@@ -345,6 +397,11 @@ func (r *Recorder) Sync(ctx context.Context) error {
 	if !r.begun {
 		return errors.New("sync log: not begun")
 	}
+	return r.awaitDurable(ctx)
+}
+
+// awaitDurable waits until all that was recorded is durable. The lock is held, and released while it waits.
+func (r *Recorder) awaitDurable(ctx context.Context) error {
 	want := r.next
 	for r.durable < want {
 		if r.err != nil {
@@ -403,10 +460,9 @@ func (r *Recorder) Close(end *End) error {
 		r.mu.Unlock()
 		return r.waitClosed()
 	}
-	if err := r.log.room(closingSlack); err != nil {
-		r.lose(err)
-	} else {
-		r.add(0, KindEnd, body)
+	at := r.add(0, KindEnd, body) // at the spool's limit, too: a session ends in order, and their number is bounded
+	if r.entry != nil {
+		r.entry.add(at, end)
 	}
 	r.startFlusher()
 	r.notify()
@@ -485,7 +541,7 @@ func (r *Recorder) flush() {
 		if err == nil && r.unsynced > 0 && (late || r.unsynced >= l.cfg.SyncBytes/2) {
 			err = r.sync()
 		}
-		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= l.cfg.SegmentAge) {
+		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= r.segmentAge()) {
 			if err = r.awaitSync(); err == nil {
 				err = r.cutSegment()
 			}
@@ -511,7 +567,8 @@ func (r *Recorder) flush() {
 			continue
 		}
 		if r.tail.count == 0 {
-			r.urgent, r.cut = false, false
+			r.cut = false
+			r.urgent = r.urgent && r.unsynced > 0 // somebody began to wait just now
 			if r.closing {
 				r.mu.Unlock()
 				if err := r.awaitSync(); err != nil {
@@ -527,11 +584,11 @@ func (r *Recorder) flush() {
 				return
 			}
 		}
-		wait := l.cfg.SegmentAge
+		wait := r.segmentAge()
 		for _, due := range [...]struct {
 			t time.Time
 			d time.Duration
-		}{{r.tail.since, delay}, {r.unsyncedT, delay}, {r.dirty, l.cfg.SegmentAge}} {
+		}{{r.tail.since, delay}, {r.unsyncedT, delay}, {r.dirty, r.segmentAge()}} {
 			if !due.t.IsZero() {
 				wait = min(wait, due.t.Add(due.d).Sub(l.now()))
 			}
@@ -559,6 +616,7 @@ func (r *Recorder) write(b batch, bulk bool) error {
 	if b.count == 0 {
 		return nil
 	}
+	defer r.log.queue.Add(-int64(len(b.b))) // after it is counted as used
 	var out []byte
 	if len(b.b) > growBytes {
 		out = getBuffer()
@@ -573,7 +631,7 @@ func (r *Recorder) write(b batch, bulk bool) error {
 		r.plain = 0
 	}
 	before := r.w.size
-	if err := r.w.writeFrame(codec, payload, len(b.b), b.count); err != nil {
+	if err := r.w.writeFrame(codec, payload, len(b.b), b.count, b.ends); err != nil {
 		r.log.spoolFailed(err)
 		return err
 	}
@@ -660,7 +718,7 @@ func (r *Recorder) allSynced() {
 // store: so a log that is not sealed always has a file in the spool, by which a restart finds it.
 func (r *Recorder) cutSegment() error {
 	l, old := r.log, r.w
-	now := l.now()
+	now := l.wall()
 	if old.header.Number == maxNumber {
 		return errors.New("cut segment: too many segments")
 	}
@@ -670,7 +728,7 @@ func (r *Recorder) cutSegment() error {
 		l.spoolFailed(err)
 		return err
 	}
-	next, err := createSegment(l.cfg.Spool, old.following(whole, now))
+	next, err := l.newSegment(old.following(whole, now), r.open)
 	if err == nil {
 		err = next.sync(next.size)
 	}
@@ -679,9 +737,10 @@ func (r *Recorder) cutSegment() error {
 		return err
 	}
 	l.used.Add(old.size - before + next.size + fileOverhead)
+	r.sealed += old.size
 	r.w = next
 	r.dirty = time.Time{}
-	if err := l.seal(old); err != nil {
+	if err := l.seal(old, false); err != nil {
 		return err
 	}
 	r.allSynced()
@@ -691,18 +750,19 @@ func (r *Recorder) cutSegment() error {
 // finish seals the log.
 func (r *Recorder) finish() {
 	before := r.w.size
-	_, err := r.w.finish(r.log.key, r.log.now(), true, false)
+	whole, err := r.w.finish(r.log.key, r.log.wall(), true, false)
 	r.log.used.Add(r.w.size - before)
 	if err != nil {
 		r.log.spoolFailed(err)
 		r.fail(err)
 		return
 	}
-	if err := r.log.seal(r.w); err != nil {
+	if err := r.log.seal(r.w, true); err != nil {
 		r.fail(err)
 		return
 	}
 	r.allSynced()
+	r.indexSealed(whole)
 	r.mu.Lock()
 	r.running = false
 	r.closeErr = r.err // of a log that was lost for the limit and sealed all the same
@@ -720,6 +780,10 @@ func (r *Recorder) fail(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.lose(err)
+	for _, b := range r.full {
+		r.log.queue.Add(-int64(len(b.b)))
+	}
+	r.log.queue.Add(-int64(len(r.tail.b)))
 	r.broken, r.running = true, false
 	r.full, r.tail = nil, batch{}
 	if r.closing {

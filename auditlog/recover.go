@@ -18,7 +18,7 @@ import (
 type spoolFile struct {
 	id     string
 	number uint32
-	suffix string // openSuffix or sealedSuffix
+	suffix string // openSuffix, sealedSuffix or objectSuffix
 	size   int64
 }
 
@@ -28,6 +28,9 @@ func (f spoolFile) path(dir string) string {
 
 // upload reads the header for the name that the object gets.
 func (f spoolFile) upload(dir string) (upload, error) {
+	if f.suffix == objectSuffix {
+		return f.object(dir)
+	}
 	file, err := os.Open(f.path(dir))
 	if err != nil {
 		return upload{}, err
@@ -84,9 +87,11 @@ func readSpool(dir string) ([]spoolFile, error) {
 	return files, nil
 }
 
+var suffixes = []string{openSuffix, sealedSuffix, objectSuffix}
+
 func parseSpoolName(name string) (spoolFile, bool) {
 	parts := strings.Split(name, ".")
-	if len(parts) != 3 || !ValidID(parts[0]) || "."+parts[2] != openSuffix && "."+parts[2] != sealedSuffix {
+	if len(parts) != 3 || !ValidID(parts[0]) || !slices.Contains(suffixes, "."+parts[2]) {
 		return spoolFile{}, false
 	}
 	number, err := parseNumber(parts[1])
@@ -118,7 +123,7 @@ func (l *Log) recover(ctx context.Context) error {
 		}
 		files = files[n:]
 	}
-	if err := syncDir(l.cfg.Spool); err != nil {
+	if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
 		return err
 	}
 	// Queued only now that all names are durable.
@@ -130,6 +135,9 @@ func (l *Log) recover(ctx context.Context) error {
 // recoverLog leaves a log's files sealed up to a last segment.
 func (l *Log) recoverLog(files []spoolFile) error {
 	dir := l.cfg.Spool
+	if files[0].suffix == objectSuffix {
+		return nil
+	}
 	for i, f := range files {
 		if f.suffix == sealedSuffix && i < len(files)-1 {
 			continue
@@ -142,7 +150,7 @@ func (l *Log) recoverLog(files []spoolFile) error {
 		switch {
 		case !s.whole && f.suffix == openSuffix && (f.number == 0 || i > 0):
 			// Killed while making the file: nothing is in it, and the segment before is still here.
-			if err := os.Remove(f.path(dir)); err != nil {
+			if err := l.disk.Remove(f.path(dir)); err != nil {
 				return err
 			}
 			l.used.Add(-f.size - fileOverhead)
@@ -151,12 +159,12 @@ func (l *Log) recoverLog(files []spoolFile) error {
 			}
 		case !s.whole || s.header.ID != f.id || s.header.Number != f.number:
 			l.log.Error("audit log: spool holds a file that is no segment; moved aside", "file", f.path(dir))
-			if err := os.Rename(f.path(dir), f.path(dir)+".bad"); err != nil {
+			if err := l.disk.Rename(f.path(dir), f.path(dir)+".bad"); err != nil {
 				return err
 			}
 		case s.footer != nil:
 			if f.suffix == openSuffix {
-				if err := os.Rename(f.path(dir), spoolFile{f.id, f.number, sealedSuffix, 0}.path(dir)); err != nil {
+				if err := l.disk.Rename(f.path(dir), spoolFile{f.id, f.number, sealedSuffix, 0}.path(dir)); err != nil {
 					return err
 				}
 			}
@@ -175,7 +183,7 @@ func (l *Log) recoverLog(files []spoolFile) error {
 	return nil
 }
 
-// scan is what a segment's file holds that is whole.
+// scan is what a segment's file holds that is whole, as far as it can be told without the auditors' keys.
 type scan struct {
 	whole  bool // the header is
 	header Header
@@ -202,16 +210,15 @@ func scanSegment(path string) (scan, error) {
 	}
 	s := scan{whole: true, header: r.Header()}
 	for {
-		rec, err := r.Next()
+		_, err := r.Next()
 		if errors.As(err, &damage) && damage.Cause == nil || errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return scan{}, err
 		}
-		_, s.ended = rec.Body.(*End)
 	}
-	s.good, s.next = r.Whole(), r.NextSequence()
+	s.good, s.next, s.ended = r.Whole(), r.NextSequence(), r.ended
 	if footer, ok := r.Footer(); ok {
 		s.footer, s.hash = &footer, r.Hash()
 	}
@@ -220,11 +227,11 @@ func scanSegment(path string) (scan, error) {
 
 // sealOpen cuts an open segment back to its last whole frame and seals it as interrupted.
 func (l *Log) sealOpen(file spoolFile, s scan) error {
-	f, err := os.OpenFile(file.path(l.cfg.Spool), os.O_RDWR, 0)
+	f, err := l.disk.OpenFile(file.path(l.cfg.Spool), os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	w := &segmentWriter{dir: l.cfg.Spool, f: f, header: s.header, hash: sha256.New(), size: s.good,
+	w := &segmentWriter{disk: l.disk, dir: l.cfg.Spool, f: f, header: s.header, hash: sha256.New(), size: s.good,
 		records: s.next - s.header.First, next: s.next}
 	err = f.Truncate(s.good)
 	if err == nil {
@@ -255,7 +262,7 @@ func (l *Log) sealAfter(before spoolFile) error {
 		return nil
 	}
 	old := segmentWriter{header: s.header, next: s.next}
-	w, err := createSegment(l.cfg.Spool, old.following(s.hash, l.now()))
+	w, err := createSegment(l.disk, l.cfg.Spool, old.following(s.hash, l.wall()))
 	if err != nil {
 		return err
 	}
@@ -269,20 +276,22 @@ func (l *Log) sealAfter(before spoolFile) error {
 
 // sealInterrupted ends a log for the gate that could not.
 func (l *Log) sealInterrupted(w *segmentWriter, ended bool) error {
-	now := l.now()
+	now := l.wall()
 	if !ended {
 		body, err := encodeBody(&End{Cause: "interrupted", Detail: "the gate ended before the session did; sealed at its next start"})
 		if err != nil {
 			return err
 		}
 		rec := append(appendHead(nil, w.next, now, 0, KindEnd), body...)
-		if err := w.writeFrame(codecNone, rec, len(rec), 1); err != nil {
+		if err := w.writeFrame(codecNone, rec, len(rec), 1, true); err != nil {
 			return err
 		}
 	}
-	if _, err := w.finish(l.key, now, true, true); err != nil {
+	whole, err := w.finish(l.key, now, true, true)
+	if err != nil {
 		return err
 	}
+	l.indexInterrupted(w, whole)
 	l.log.Info("audit log: sealed what an earlier gate left", "id", w.header.ID, "segment", w.header.Number,
 		"since", w.header.LogStart.Format(time.RFC3339))
 	return w.rename()

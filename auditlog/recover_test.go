@@ -137,7 +137,11 @@ func TestKeys(t *testing.T) {
 	} else if again, err := auditlog.LoadKey(path); err != nil || !again.Equal(key) {
 		t.Errorf("after a refused creation: %v", err)
 	}
-	for _, mode := range []fs.FileMode{0o640, 0o604, 0o620} {
+	must(t, os.Chmod(path, 0o440)) // a Secret's file
+	if again, err := auditlog.LoadKey(path); err != nil || !again.Equal(key) {
+		t.Errorf("mode 0440: %v", err)
+	}
+	for _, mode := range []fs.FileMode{0o640, 0o604, 0o620, 0o444, 0o460, 0o450} {
 		must(t, os.Chmod(path, mode))
 		if _, err := auditlog.LoadKey(path); err == nil {
 			t.Errorf("loaded with mode %o", mode)

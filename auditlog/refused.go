@@ -24,7 +24,7 @@ type fold struct {
 // Refused folds a connection that never proved a key into the gate's own log. Count 0 counts as 1; First and Last default
 // to now. It never waits for the disk.
 func (l *Log) Refused(f Refused) {
-	now := l.now().UTC()
+	now := l.wall().UTC()
 	if f.First.IsZero() {
 		f.First = now
 	}
@@ -100,7 +100,7 @@ func (l *Log) refusedRecords(records []byte, end *End) {
 	if len(records) == 0 {
 		return
 	}
-	f := Refused{Reason: end.Detail, Last: l.now().UTC()}
+	f := Refused{Reason: end.Detail, Last: l.wall().UTC()}
 	if f.Reason == "" {
 		f.Reason = end.Cause
 	}
@@ -155,7 +155,7 @@ func (l *Log) writeRefused() {
 	if len(sources) == 0 {
 		return
 	}
-	now := l.now()
+	now := l.wall()
 	if own != nil && (own.Err() != nil || own.start.UTC().YearDay() != now.UTC().YearDay()) {
 		// A log of its own for each day, so that days can be read, kept and deleted by themselves.
 		if err := own.Close(&End{Cause: "shutdown", Detail: "continued in another log"}); err != nil {

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"filippo.io/age"
 )
 
 // Object is a stored object.
@@ -36,7 +38,7 @@ type Stored struct {
 	Foreign  []string // names in its place that are not a segment's
 }
 
-// Logs yields the logs below a prefix (SessionPrefix, GatePrefix, "" for both, or longer), each with its segments in order.
+// Logs yields the logs below a prefix (SessionPrefix, GatePrefix, IndexPrefix, "" for all, or longer), each with its segments in order.
 // Objects there that belong to no log come as a Stored without segments, with their names in Foreign.
 func Logs(ctx context.Context, src Source, prefix string) iter.Seq2[Stored, error] {
 	return func(yield func(Stored, error) bool) {
@@ -47,7 +49,7 @@ func Logs(ctx context.Context, src Source, prefix string) iter.Seq2[Stored, erro
 				yield(Stored{}, fmt.Errorf("list %q: %w", prefix, err))
 				return
 			}
-			if !strings.HasPrefix(o.Name, SessionPrefix) && !strings.HasPrefix(o.Name, GatePrefix) {
+			if !strings.HasPrefix(o.Name, SessionPrefix) && !strings.HasPrefix(o.Name, GatePrefix) && !strings.HasPrefix(o.Name, IndexPrefix) {
 				continue // a published key, a note: nothing of ours
 			}
 			n, err := ParseName(o.Name)
@@ -103,6 +105,14 @@ func (p Problem) String() string {
 	return fmt.Sprintf("%s: offset %d: %s", p.Segment, p.Offset, p.What)
 }
 
+// Object is the problem of an object as a whole.
+func (p Problem) Object() string {
+	if p.Offset != 0 {
+		return p.String()
+	}
+	return p.Segment + ": " + p.What
+}
+
 // Report is the verdict on a log that was read to its end.
 type Report struct {
 	ID       string    `json:"id"`
@@ -115,8 +125,12 @@ type Report struct {
 	Segments int       `json:"segments"`
 	Records  uint64    `json:"records"`
 	Bytes    int64     `json:"bytes"` // stored
-	Problems []Problem `json:"problems,omitempty"`
-	More     int       `json:"more_problems,omitempty"` // that Problems has no room for
+	// Recipients are the types of those whom the log is encrypted to, as age names them; empty: it is in the clear. Unread is how
+	// many of the records could not be read for want of an identity: all else was checked.
+	Recipients []string  `json:"recipients,omitempty"`
+	Unread     uint64    `json:"unread_records,omitempty"`
+	Problems   []Problem `json:"problems,omitempty"`
+	More       int       `json:"more_problems,omitempty"` // that Problems has no room for
 }
 
 // SessionReader reads a log over all its segments and checks it on the way.
@@ -124,6 +138,7 @@ type SessionReader struct {
 	src    Source
 	log    Stored
 	pinned []ed25519.PublicKey
+	ids    []age.Identity
 	read   int // of the segments
 	chain  chain
 	report Report
@@ -143,6 +158,10 @@ func NewSessionReader(src Source, log Stored, keys ...ed25519.PublicKey) *Sessio
 	}
 	return r
 }
+
+// Decrypt lets Records give what is encrypted to one of these identities. Without it, or where none is a recipient, encrypted
+// records are skipped, and counted in the report; all checks are made just the same.
+func (r *SessionReader) Decrypt(ids ...age.Identity) { r.ids = ids }
 
 // Add adds segments that have come since the log was found; Records then goes on with them.
 func (r *SessionReader) Add(segments ...Object) { r.log.Segments = append(r.log.Segments, segments...) }
@@ -212,6 +231,7 @@ type chain struct {
 	broken      bool // hash and next are not known
 	sealed      bool
 	interrupted bool
+	footer      Footer // of the newest segment that has one
 }
 
 // segment reads one segment; false if the caller has enough.
@@ -232,6 +252,7 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 		r.damaged(o.Name, err)
 	} else {
 		r.checkHeader(o.Name, n, s.Header())
+		r.unlock(o.Name, s)
 		for {
 			rec, err := s.Next()
 			if err == nil {
@@ -247,6 +268,8 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 			break
 		}
 		c.next = s.NextSequence()
+		r.report.Unread += s.Unread()
+		r.report.Records += s.Unread()
 	}
 	c.broken = err != nil
 	if err := drain(counted); err != nil {
@@ -267,7 +290,24 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 	r.checkKey(o.Name, s.Whole(), footer)
 	c.sealed = footer.Last
 	c.interrupted = footer.Interrupted
+	c.footer = footer
+	r.checkCommit(o.Name, s.Whole(), n, c.next, footer)
 	return true
+}
+
+// unlock lets a segment be read, if it is encrypted to one of the identities.
+func (r *SessionReader) unlock(name string, s *SegmentReader) {
+	types, err := s.Encrypted()
+	if err != nil {
+		r.damaged(name, err)
+		return
+	}
+	if len(types) > len(r.report.Recipients) {
+		r.report.Recipients = types
+	}
+	if err := s.Decrypt(r.ids...); err != nil && !errors.Is(err, ErrLocked) {
+		r.fail(name, err)
+	}
 }
 
 // checkHeader compares a header with its place.

@@ -20,7 +20,8 @@ import (
 const maxKeyFile = 1 << 20
 
 // LoadKey reads the key that signs a gate's log: PKCS#8 in PEM ("PRIVATE KEY"), as CreateKey writes it and as
-// `openssl genpkey -algorithm ed25519` does. A file that others than its owner may read or write is refused.
+// `openssl genpkey -algorithm ed25519` does. A file that others than its owner may read or write is refused,
+// but for mode 0440, a Secret's.
 func LoadKey(path string) (ed25519.PrivateKey, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -34,8 +35,9 @@ func LoadKey(path string) (ed25519.PrivateKey, error) {
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("load log key %s: not a file", path)
 	}
-	if runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("load log key %s: mode %#o lets others at it, want 0600", path, info.Mode().Perm())
+	// 0440 is what a kubelet gives a file of a Secret: root's, for the pod's group to read.
+	if p := info.Mode().Perm(); runtime.GOOS != "windows" && p&0o077 != 0 && p != 0o440 {
+		return nil, fmt.Errorf("load log key %s: mode %#o lets others at it, want 0600", path, p)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
 	if err != nil {

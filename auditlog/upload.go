@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -12,11 +14,14 @@ import (
 )
 
 const (
-	uploadWorkers = 4
+	uploadWorkers = 16              // so that a store that takes 80 ms for one keeps up with 1000 sessions
 	uploadTimeout = 5 * time.Minute // of one Put
 	backoffFirst  = 100 * time.Millisecond
-	backoffMost   = 30 * time.Second
-	maxWaiting    = 16 << 10 // segments known in memory; those beyond are found by looking at the spool again
+	backoffMost   = 30 * time.Second // of one log's
+	awayAfter     = 4                // failures in a row, of any logs', after which the store counts as away
+	sayAgain      = 16               // failed tries for one line of the gate's log, while it is away
+	awayMost      = 5 * time.Second  // between two tries while it is: the first that works lets all others go
+	maxWaiting    = 16 << 10         // segments known in memory; those beyond are found by looking at the spool again
 )
 
 // upload is a sealed segment that waits for the store.
@@ -24,6 +29,8 @@ type upload struct {
 	number uint32
 	name   string
 	size   int64
+	last   bool      // no segment of its log follows
+	skip   int64     // bytes of the file before the object's, of one that is no segment
 	since  time.Time // it waits
 }
 
@@ -54,6 +61,10 @@ type uploader struct {
 	err      error // of the last look at the spool, nil if it went well
 	stored   uint64
 	failed   uint64
+	row      int          // failures in a row, of all logs
+	probing  *uploadQueue // the one try that is under way while the store is away, nil: none
+	probes   int          // those that failed
+	probe    time.Time    // no try before, while the store is away
 }
 
 func newUploader(l *Log) *uploader {
@@ -134,20 +145,30 @@ func (u *uploader) take() (q *uploadQueue, wait time.Duration, finished bool) {
 	defer u.mu.Unlock()
 	now := time.Now()
 	wait = backoffMost
+	away := u.row >= awayAfter
+	if d := u.probe.Sub(now); away && (u.probing != nil || d > 0) {
+		return nil, max(d, backoffFirst), u.finished()
+	}
 	for i, q := range u.order {
 		if q.busy {
 			continue
 		}
-		if d := q.after.Sub(now); d > 0 {
+		if d := q.after.Sub(now); d > 0 && !away {
 			wait = min(wait, d)
 			continue
 		}
 		q.busy = true
+		if away {
+			u.probing = q
+		}
 		u.order = append(append(u.order[:i:i], u.order[i+1:]...), q) // the others come first next time
 		return q, 0, false
 	}
-	return nil, wait, u.closing && u.waiting == 0 && !u.overflow
+	return nil, wait, u.finished()
 }
+
+// finished says that nothing is left and nothing comes. The lock is held.
+func (u *uploader) finished() bool { return u.closing && u.waiting == 0 && !u.overflow }
 
 // work is one worker. It ends when the context does, or when all is stored after close.
 func (u *uploader) work() {
@@ -186,7 +207,11 @@ func (u *uploader) work() {
 func (u *uploader) put(id string, s upload) error {
 	ctx, cancel := context.WithTimeout(u.ctx, uploadTimeout)
 	defer cancel()
-	path := filepath.Join(u.l.cfg.Spool, spoolName(id, s.number, sealedSuffix))
+	suffix := sealedSuffix
+	if s.skip > 0 {
+		suffix = objectSuffix
+	}
+	path := filepath.Join(u.l.cfg.Spool, spoolName(id, s.number, suffix))
 	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
 		// Only this uploader removes segments: a rescan found it before it was added, and it is stored.
@@ -197,33 +222,78 @@ func (u *uploader) put(id string, s upload) error {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
 	defer f.Close()
-	if err := u.l.store.Put(ctx, s.name, f, s.size); err != nil {
+	if _, err := f.Seek(s.skip, io.SeekStart); err != nil {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
-	// Not synced: a file that comes back after a crash is put again, which is no error.
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := u.l.store.Put(ctx, s.name, f, s.size-s.skip); err != nil {
+		return fmt.Errorf("upload %s: %w", s.name, err)
+	}
+	if s.skip == 0 {
+		if err := u.l.enter(f, s.name); err != nil {
+			return fmt.Errorf("upload %s: %w", s.name, err)
+		}
+	}
+	// Not synced: a file that comes back after a crash is put again, which is no error. But were its log's last segment gone then,
+	// the restart would take the one that came back for the last, and end a log anew that has ended. So the last goes last.
+	if s.last {
+		if err := u.l.disk.SyncDir(u.l.cfg.Spool); err != nil {
+			return fmt.Errorf("upload %s: %w", s.name, err)
+		}
+	}
+	if err := u.l.disk.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
 	u.l.used.Add(-s.size - fileOverhead)
 	return nil
 }
 
+// backoff is the wait after so many failures: half of it by chance, as sessions shall not all knock at once.
+func backoff(failures int, most time.Duration) time.Duration {
+	d := min(backoffFirst<<min(failures-1, 16), most)
+	return d/2 + rand.N(d/2+1)
+}
+
 func (u *uploader) result(q *uploadQueue, s upload, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	probed := u.probing == q
+	if probed {
+		u.probing = nil
+	}
 	q.busy = false
 	q.err = err
+	now := time.Now()
 	if err != nil {
 		u.failed++
+		u.row++
 		q.failures++
-		d := min(backoffFirst<<min(q.failures-1, 16), backoffMost)
-		d = d/2 + rand.N(d/2+1) // half of it by chance: sessions shall not all knock at once
-		q.after = time.Now().Add(d)
-		u.l.log.Warn("audit log: segment not stored", "error", err, "retry_in", d, "failures", q.failures)
+		d := backoff(q.failures, backoffMost)
+		q.after = now.Add(d)
+		level := slog.LevelWarn
+		switch {
+		case probed:
+			u.probes++
+			d = backoff(u.probes, awayMost)
+			u.probe = now.Add(d)
+			if u.probes%sayAgain != 0 {
+				level = slog.LevelDebug // it may be away for days
+			}
+		case u.row == awayAfter:
+			u.probes = 0
+			u.probe = now.Add(d)
+		}
+		u.l.log.Log(u.ctx, level, "audit log: segment not stored", "error", err, "retry_in", d, "failures", q.failures,
+			"waiting", u.waiting)
 	} else {
 		u.stored++
 		u.waiting--
-		q.failures = 0
+		if u.row >= awayAfter {
+			u.l.log.Info("audit log: the store takes segments again", "waiting", u.waiting)
+			for _, other := range u.queues {
+				other.after = now.Add(rand.N(backoffFirst))
+			}
+		}
+		u.row, u.probe, q.failures = 0, time.Time{}, 0
 		q.segments = q.segments[1:]
 		if len(q.segments) == 0 {
 			delete(u.queues, q.id)
@@ -252,8 +322,8 @@ func (u *uploader) rescan() {
 		return
 	}
 	u.overflow, u.err = false, nil
-	for _, f := range files {
-		if f.suffix != sealedSuffix {
+	for i, f := range files {
+		if f.suffix == openSuffix {
 			continue
 		}
 		if q := u.queues[f.id]; q != nil && f.number <= q.segments[len(q.segments)-1].number {
@@ -268,6 +338,7 @@ func (u *uploader) rescan() {
 			u.l.log.Error("audit log: spool", "error", err)
 			continue
 		}
+		s.last = i == len(files)-1 || files[i+1].id != f.id // as far as can be seen
 		u.addLocked(f.id, s)
 	}
 	for range uploadWorkers {
@@ -278,7 +349,7 @@ func (u *uploader) rescan() {
 // close lets the workers finish what is there until ctx is done.
 func (u *uploader) close(ctx context.Context) {
 	u.mu.Lock()
-	u.closing = true
+	u.closing, u.probe = true, time.Time{}
 	for _, q := range u.queues {
 		q.after = time.Time{} // one more try at once
 	}

@@ -1,7 +1,6 @@
 package auditlog
 
 import (
-	"crypto/ed25519"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -26,8 +25,9 @@ func spoolName(id string, number uint32, suffix string) string {
 
 // segmentWriter writes one segment's file. Not safe for concurrent use.
 type segmentWriter struct {
+	disk    disk
 	dir     string
-	f       *os.File
+	f       diskFile
 	header  Header
 	hash    hash.Hash // over all that was written
 	size    int64
@@ -35,29 +35,35 @@ type segmentWriter struct {
 	records uint64
 	next    uint64 // sequence of the next record
 	buf     [frameHeaderBytes]byte
+	cipher  *frameCipher // nil: frames are in the clear
+	failed  error        // of a write; nothing is written after it
 }
 
 // createSegment makes a segment's file with its header. The caller syncs file and directory.
-func createSegment(dir string, h Header) (*segmentWriter, error) {
+func createSegment(d disk, dir string, h Header) (*segmentWriter, error) {
 	b, err := h.encode()
 	if err != nil {
 		return nil, err
 	}
 	// Readable by the group, as the directory store may link the file instead of copying it; the spool's own directory
 	// lets nobody else in.
-	f, err := os.OpenFile(filepath.Join(dir, spoolName(h.ID, h.Number, openSuffix)), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o640)
+	f, err := d.OpenFile(filepath.Join(dir, spoolName(h.ID, h.Number, openSuffix)), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o640)
 	if err != nil {
 		return nil, fmt.Errorf("create segment: %w", err)
 	}
-	w := &segmentWriter{dir: dir, f: f, header: h, hash: sha256.New(), next: h.First}
+	w := &segmentWriter{disk: d, dir: dir, f: f, header: h, hash: sha256.New(), next: h.First}
 	if err := w.write(b); err != nil {
-		return nil, errors.Join(fmt.Errorf("create segment: %w", err), f.Close(), os.Remove(f.Name()))
+		return nil, errors.Join(fmt.Errorf("create segment: %w", err), f.Close(), d.Remove(f.Name()))
 	}
 	return w, nil
 }
 
 func (w *segmentWriter) write(b []byte) error {
+	if w.failed != nil {
+		return w.failed // a frame's nonce is never used again
+	}
 	if _, err := w.f.Write(b); err != nil {
+		w.failed = err
 		return err
 	}
 	w.hash.Write(b)
@@ -72,8 +78,8 @@ func (w *segmentWriter) sync(size int64) error {
 	if err := w.f.Sync(); err != nil {
 		return err
 	}
-	if size-w.dropped >= dropBytes {
-		dropPages(w.f, w.dropped, size-w.dropped)
+	if f, ok := w.f.(*os.File); ok && size-w.dropped >= dropBytes {
+		dropPages(f, w.dropped, size-w.dropped)
 		w.dropped = size
 	}
 	return nil
@@ -82,10 +88,19 @@ func (w *segmentWriter) sync(size int64) error {
 // dropBytes is how much is synced between two drops of pages.
 const dropBytes = 1 << 20
 
-// writeFrame adds a frame of records; payload is what they are stored as, decoded the size of what they were.
-func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count int) error {
+// writeFrame adds a frame of records; payload is what they are stored as, decoded the size of what they were. It may
+// encrypt payload in place.
+func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count int, ends bool) error {
 	h := frameHeader{kind: frameRecords, codec: codec, stored: uint32(len(payload)), decoded: uint32(decoded),
 		count: uint32(count), first: w.next}
+	if w.cipher != nil {
+		h.flags = flagEncrypted
+		if ends {
+			h.flags |= flagEnds
+		}
+		h.stored += tagBytes
+		payload = w.cipher.seal(h, payload)
+	}
 	if err := w.write(h.append(w.buf[:0], payload)); err != nil {
 		return fmt.Errorf("write frame: %w", err)
 	}
@@ -98,9 +113,12 @@ func (w *segmentWriter) writeFrame(codec uint8, payload []byte, decoded, count i
 }
 
 // finish writes the footer and makes the segment's content durable; rename is next.
-func (w *segmentWriter) finish(key ed25519.PrivateKey, now time.Time, last, interrupted bool) (Hash, error) {
+func (w *segmentWriter) finish(key signer, now time.Time, last, interrupted bool) (Hash, error) {
 	f := Footer{Records: w.records, Last: last, Interrupted: interrupted, Time: now}
 	w.hash.Sum(f.Hash[:0])
+	if last {
+		f.Segments, f.LogRecords, f.Tree = w.header.Number+1, w.next, key.tree
+	}
 	payload, err := f.encode(key)
 	if err != nil {
 		return Hash{}, err
@@ -125,7 +143,7 @@ func (w *segmentWriter) rename() error {
 		return fmt.Errorf("close segment: %w", err)
 	}
 	h := w.header
-	if err := os.Rename(w.f.Name(), filepath.Join(w.dir, spoolName(h.ID, h.Number, sealedSuffix))); err != nil {
+	if err := w.disk.Rename(w.f.Name(), filepath.Join(w.dir, spoolName(h.ID, h.Number, sealedSuffix))); err != nil {
 		return fmt.Errorf("seal segment: %w", err)
 	}
 	return nil
@@ -138,6 +156,7 @@ func (w *segmentWriter) following(whole Hash, now time.Time) Header {
 	h.Previous = whole
 	h.Start = now
 	h.First = w.next
+	h.Wrapped = nil
 	return h
 }
 

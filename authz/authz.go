@@ -2,7 +2,10 @@
 // grants and profiles are data, and an undefined, failed or ambiguous decision is a refusal.
 package authz
 
-import "time"
+import (
+	"encoding/json"
+	"time"
+)
 
 // OfferInput is the question whether a public key may be used at all by a user. It is asked for a key that is offered
 // and not yet proven, so the answer is only whether a signature is worth asking for.
@@ -27,6 +30,19 @@ type LoginInput struct {
 	Key           Key    `json:"key"`              // proven
 	ClientVersion string `json:"client_version"`
 	Gate          string `json:"gate"`
+	// Target is the pod or container that the sandbox would join, where the profile names a target: the question is asked
+	// once more, about this one.
+	Target *LoginTarget `json:"target,omitempty"`
+}
+
+// LoginTarget is a running pod or container, as the cluster or the engine tells it.
+type LoginTarget struct {
+	Namespace string            `json:"namespace,omitempty"` // Kubernetes
+	Name      string            `json:"name"`                // of the pod, or of the container
+	Labels    map[string]string `json:"labels,omitempty"`
+	Container string            `json:"container,omitempty"` // Kubernetes: the container in the pod
+	Image     string            `json:"image,omitempty"`     // of the container, as it was asked for
+	Digest    string            `json:"digest,omitempty"`    // of its image
 }
 
 // Login is the answer to a LoginInput.
@@ -70,10 +86,15 @@ type Sandbox struct {
 	Caps       []string `json:"caps,omitempty"`
 	Runtime    string   `json:"runtime,omitempty"`
 	ExtraHosts []string `json:"extra_hosts,omitempty"`
-	// Namespace, Nodes (labels that the node must have) and Priority are of Kubernetes alone.
+	// Target is what runs already and is to be joined; nil: nothing.
+	Target *Target `json:"target,omitempty"`
+	// Namespace, Nodes (labels that the node must have), Priority, Spread (labels over whose values sandboxes spread) and Pod (a pod
+	// template, or a JSON Patch) are of Kubernetes alone.
 	Namespace string            `json:"namespace,omitempty"`
 	Nodes     map[string]string `json:"nodes,omitempty"`
 	Priority  string            `json:"priority,omitempty"`
+	Spread    []string          `json:"spread,omitempty"`
+	Pod       json.RawMessage   `json:"pod,omitempty"`
 	// ExecAudit says whether what the session executes is reported from inside: "required", "preferred" (default) or "off".
 	ExecAudit string `json:"exec_audit,omitempty"`
 	// ExecStrict has each execution wait until its report is recorded.
@@ -82,9 +103,19 @@ type Sandbox struct {
 	ExecStuckLimit string `json:"exec_stuck_limit,omitempty"`
 }
 
+// Target says which pods, or containers of a Docker engine, a sandbox may join. At least one of Labels, Workload and Name is
+// set. What is joined of it is said by Permit.Target.
+type Target struct {
+	Namespace string            `json:"namespace,omitempty"` // Kubernetes
+	Labels    map[string]string `json:"labels,omitempty"`    // that it must have, all of them
+	Workload  string            `json:"workload,omitempty"`  // Kubernetes: "deployment/NAME" and the like, whose pods are meant
+	Name      string            `json:"name,omitempty"`      // of the pod, or of the container
+	Container string            `json:"container,omitempty"` // Kubernetes: the container in the pod
+}
+
 // Mount is one mount of a profile. It is read-only unless Write is true.
 type Mount struct {
-	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image" or "projected".
+	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image", "projected" or "csi".
 	Type   string `json:"type,omitempty"`
 	Source string `json:"source"`
 	Target string `json:"target"`
@@ -101,6 +132,8 @@ type Permit struct {
 	Listen  []string `json:"listen,omitempty"`  // what it may listen on inside: address:port, unix:/path
 	Agent   bool     `json:"agent,omitempty"`   // forwarding of the client's ssh agent
 	X11     bool     `json:"x11,omitempty"`     // forwarding of the client's X server
+	// Target says what of the profile's target is joined; nil: nothing.
+	Target *TargetPermit `json:"target,omitempty"`
 	// ForwardContent says what is kept of forwarded connections' bytes: "" or "none" (default), or "full" within DataLimit.
 	ForwardContent string `json:"forward_content,omitempty"`
 	// Input says what of typed input is recorded: "" or "no-passwords" (default), "all" or "none".
@@ -113,6 +146,15 @@ type Permit struct {
 	// DataLimit is a size, "64Mi", beyond which a channel's data is kept as a number and a hash only, in each direction;
 	// empty: all is kept.
 	DataLimit string `json:"data_limit,omitempty"`
+}
+
+// TargetPermit is what of a target a session may join. Each is off by default and weakens more than the one before, without
+// which it can't be had; docs/targets.md says what.
+type TargetPermit struct {
+	Network   bool `json:"network,omitempty"`   // its network namespace
+	Processes bool `json:"processes,omitempty"` // its process namespace: the agent is not the first process there
+	// Files is /proc/1/root. It needs the target's uid, and with that uid come signals, ptrace and writing.
+	Files bool `json:"files,omitempty"`
 }
 
 // Transfer is a profile's rules on file transfers by sftp and scp, which the gate reads as they pass.

@@ -546,6 +546,15 @@ func checkLogin(l Login) error {
 	if err := checkPermit(fields); err != nil {
 		return under(err, "permit")
 	}
+	sandbox, err := plain(l.Sandbox)
+	if err != nil {
+		return err
+	}
+	of, _ := sandbox.(map[string]any)
+	target, _ := of["target"].(map[string]any)
+	if err := checkJoin(target, fields); err != nil {
+		return err
+	}
 	if err := checkDurations(map[string]any{"exec_stuck_limit": l.Sandbox.ExecStuckLimit}); err != nil {
 		return under(err, "sandbox")
 	}

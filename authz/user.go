@@ -22,13 +22,14 @@ var (
 )
 
 // ParseUser splits an SSH user name (RFC 4252, section 5) at its first '+' into the user and what the user chose: a
-// profile's name or a ticket, empty when there is no '+'. The errors are ErrUserName and ErrChoice.
+// profile's name or a ticket, which the name of a target may follow after a '/' (Choose), empty when there is no '+'. The
+// errors are ErrUserName and ErrChoice.
 func ParseUser(login string) (user, choice string, err error) {
 	user, choice, chosen := strings.Cut(login, "+")
 	if !userName.MatchString(user) {
 		return "", "", ErrUserName
 	}
-	if chosen && !ticketName.MatchString(choice) {
+	if _, _, picks := cutPick(choice); chosen && !picks && !ticketName.MatchString(choice) {
 		return "", "", ErrChoice
 	}
 	return user, choice, nil

@@ -188,6 +188,10 @@ func checkProfileEntry(path []string, value any) *placeError {
 		return err
 	}
 	permit, _ := profile["permit"].(map[string]any)
+	target, _ := profile["target"].(map[string]any)
+	if err := checkJoin(target, permit); err != nil {
+		return err
+	}
 	return under(checkPermit(permit), "permit")
 }
 

@@ -5,6 +5,7 @@ package backends
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -46,6 +47,13 @@ type Dialer interface {
 	// DialContext connects. Networks are "tcp", with an address of an IP address and a port, never a name, and "unix", with an
 	// absolute path: no abstract name, and nothing of the agent's own. The connection is a HalfCloser.
 	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// Identified is implemented by a Sandbox whose backend may learn of the image's digest after the start alone.
+type Identified interface {
+	// Digest waits until the digest is known and returns it, or "" if the sandbox is gone or ctx has ended before. A sandbox
+	// that is closed meanwhile stays known to its backend for a moment, for the digest's sake.
+	Digest(ctx context.Context) string
 }
 
 // MaxAddresses bounds the answer of Dialer.Resolve.
@@ -101,6 +109,9 @@ type Spec struct {
 	Template Template `json:"template"`
 	Owner    Owner    `json:"owner"`
 
+	// Join is which one of Template.Target is joined, as Targets gave it; it is set where that is.
+	Join *Running `json:"join,omitempty"`
+
 	// Reports gets what the agent reports, in order, as Template.ExecAudit asks for. While it does not return, programs in
 	// the sandbox wait; an error ends the sandbox. It must not keep its argument. It is called from Start on until Close
 	// has returned.
@@ -130,17 +141,24 @@ type Template struct {
 	ExtraHosts []string  `json:"extra_hosts,omitempty"` // "name:address" lines for /etc/hosts
 	ExecAudit  ExecAudit `json:"exec_audit,omitzero"`   // reports of executed programs
 
+	// Target is what the sandbox is to join: see Joiner. A backend that is none refuses it. Nil: nothing.
+	Target *Target `json:"target,omitempty"`
+
 	// Of Kubernetes alone; a backend without them refuses them.
 	Namespace string            `json:"namespace,omitempty"` // empty: the backend's default
 	Nodes     map[string]string `json:"nodes,omitempty"`     // labels that the node must have
 	Priority  string            `json:"priority,omitempty"`  // PriorityClass; empty: the backend's default
+	Spread    []string          `json:"spread,omitempty"`    // labels of nodes over whose values sandboxes spread, where they can
+	// Pod is JSON: a pod template to be merged, or a JSON Patch (RFC 6902), under the backend's own limits. Empty: none.
+	Pod json.RawMessage `json:"pod,omitempty"`
 }
 
 // Mount brings data into a sandbox.
 type Mount struct {
-	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image" or "projected".
+	// Type is "bind" (default) or "volume"; on Kubernetes "bind", "pvc", "configmap", "secret", "image", "projected" or "csi".
 	Type string `json:"type,omitempty"`
-	// Source is a path on the host, a name, an image's reference, or "configmap:NAME,secret:NAME" of a projected one.
+	// Source is a path on the host, a name, an image's reference, "configmap:NAME,secret:NAME" of a projected one, or
+	// "DRIVER:NAME=VALUE,NAME=VALUE" of a CSI one.
 	Source string `json:"source"`
 	Target string `json:"target"`          // absolute path inside
 	Write  bool   `json:"write,omitempty"` // false: read-only
@@ -156,15 +174,37 @@ type Owner struct {
 	Expires time.Time `json:"expires"` // the latest end there can be; the sandbox ends by itself soon after
 }
 
+// Session is a session's sandbox as a Shared backend knows it.
+type Session struct {
+	Session string    // session ID
+	Server  string    // the gate's name in the backend, unique there
+	User    string    //
+	Profile string    //
+	Grant   string    // ticket
+	ID      string    // the sandbox's
+	Started time.Time // when the sandbox was made
+}
+
+// Shared is a Backend that knows the sandboxes of all gates that use it.
+type Shared interface {
+	// Running lists those whose sessions go on, in the order of the sessions' IDs.
+	Running(ctx context.Context) ([]Session, error)
+	// EndRunning ends a session by removing its sandbox, and returns it; nil: there is none. The session's own gate records
+	// that the sandbox was removed.
+	EndRunning(ctx context.Context, session string) (*Session, error)
+}
+
 // Info says what a backend started.
 type Info struct {
 	Backend string `json:"backend"`          // "docker", "kubernetes", "memory"
 	Image   string `json:"image"`            // reference asked for
-	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID
+	Digest  string `json:"digest,omitempty"` // resolved: repository digest if there is one, else the image ID; empty: see Identified
 	Node    string `json:"node,omitempty"`   // engine or node that runs it
 	Spec    any    `json:"spec,omitempty"`   // the backend's own request as sent, without secrets; encodes to JSON
 	// ExecAudit says whether executed programs are reported: "on", "on, strict", "off", or "off: " and why they can't be.
 	ExecAudit string `json:"exec_audit,omitempty"`
+	// Joined is what the sandbox has joined; nil: nothing.
+	Joined *Joined `json:"joined,omitempty"`
 }
 
 // Kind is how a process is started.

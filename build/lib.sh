@@ -170,7 +170,13 @@ engine() {
 	network_note >"$engine_dir/network-before"
 	step "starting dockerd (log: $engine_dir/dockerd.log)"
 	# A session of its own: a Ctrl-C must not stop it before the gate has taken its containers away.
-	setsid dockerd >"$engine_dir/dockerd.log" 2>&1 </dev/null &
+	( # nor does it keep open what our caller has: a lock's file, say
+		for fd in /proc/"$BASHPID"/fd/*; do
+			fd=${fd##*/}
+			[ "$fd" -le 2 ] || eval "exec $fd>&-"
+		done
+		exec setsid dockerd
+	) >"$engine_dir/dockerd.log" 2>&1 </dev/null &
 	local pid=$!
 	engine_pid=$pid
 	echo "$pid $(start_time "$pid")" >"$engine_dir/dockerd.pid"
@@ -270,12 +276,21 @@ cluster_binary() {
 # cluster_is_of NAME: whether a run of that name started the cluster.
 cluster_is_of() { [ "$(cat "$cluster_state/owner" 2>/dev/null)" = "$1" ]; }
 
+# kubeconfig_says: which context of the user's it is that pods are about to be made with.
+kubeconfig_says() {
+	if has kubectl; then
+		echo "context $(kubectl config current-context 2>/dev/null || echo -), $(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}' 2>/dev/null || echo "no server")"
+	else
+		echo "context $(sed -n 's/^current-context: *//p' "${KUBECONFIG%%:*}" 2>/dev/null || echo -)"
+	fi
+}
+
 # cluster_up NAME: sets cluster_kubeconfig to a cluster. One that KUBECONFIG gives, or that runs on this machine
 # already, is used and left alone; otherwise one is started, and ended again by cluster_down. So is one that an earlier
 # run of the same NAME started and, killed, could not end.
 cluster_up() {
 	if [ -n "${KUBECONFIG:-}" ]; then
-		step "using the cluster of KUBECONFIG"
+		step "using the cluster of KUBECONFIG, $KUBECONFIG: $(kubeconfig_says)"
 		cluster_kubeconfig=$KUBECONFIG
 		return 0
 	fi

@@ -66,11 +66,36 @@ type Audit struct {
 	auditlog.Config `yaml:",inline"`
 	// Key is the file of the Ed25519 key that signs the log; made at the first start. Empty: log.key in the state directory.
 	Key string `yaml:"key"`
+	// SigningCommand signs instead of a key in a file: it gets the message on its standard input and writes the 64 bytes of the
+	// Ed25519 signature. SigningAgent is the unix socket of an ssh-agent that does. One of the two, with PublicKey.
+	SigningCommand []string `yaml:"signing_command"`
+	SigningAgent   string   `yaml:"signing_agent"`
+	// PublicKey is the file of the public key with which the command or the agent signs.
+	PublicKey string `yaml:"public_key"`
 	// Data is all, or none: then what sessions pass is not recorded, only what was asked for and how it ended, and every
 	// session's log says so.
 	Data string `yaml:"data"`
 	// Store is where sealed segments go.
 	Store Store `yaml:"store"`
+}
+
+func (a Audit) validateSigner() error {
+	command, agent := len(a.SigningCommand) > 0, a.SigningAgent != ""
+	switch {
+	case command && agent:
+		return errors.New("audit: signing_command and signing_agent: write one of them")
+	case !command && !agent && a.PublicKey != "":
+		return errors.New("audit.public_key: is of signing_command or signing_agent, and neither is there")
+	case !command && !agent:
+		return nil
+	case a.Key != "":
+		return errors.New("audit.key: a key in a file, and signing_command or signing_agent: write one of them")
+	case a.PublicKey == "":
+		return errors.New("audit.public_key: the file of the public key is needed beside signing_command and signing_agent")
+	case command && !filepath.IsAbs(a.SigningCommand[0]):
+		return fmt.Errorf("audit.signing_command: %q: the program needs its whole path", a.SigningCommand[0])
+	}
+	return nil
 }
 
 // Store is one store: a directory or a bucket.
@@ -88,7 +113,7 @@ func (s Store) paths() []string {
 	if s.S3 == nil {
 		return []string{s.Directory}
 	}
-	return []string{s.S3.CredentialsFile}
+	return []string{s.S3.CredentialsFile, s.S3.SSE.KeyFile}
 }
 
 func (s Store) validate() error {
@@ -138,7 +163,7 @@ func Default() Config {
 		Backend:    BackendDocker,
 		Docker:     docker.Config{}.WithDefaults(),
 		Kubernetes: kubernetes.Config{}.WithDefaults(),
-		Audit:      Audit{Config: auditlog.Config{}.WithDefaults(), Data: "all"},
+		Audit:      Audit{Config: auditlog.Config{Index: true}.WithDefaults(), Data: "all"},
 		Monitor:    Monitor{Listen: "127.0.0.1:9222"},
 		Logging:    Logging{Format: "text", Level: "info"},
 	}
@@ -218,13 +243,21 @@ func Parse(b []byte, dir string) (Config, error) {
 	}
 	abs(&c.Policy.Data, "")
 	abs(&c.Policy.Policy, "")
-	abs(&c.Audit.Key, in("log.key"))
+	if len(c.Audit.SigningCommand) == 0 && c.Audit.SigningAgent == "" {
+		abs(&c.Audit.Key, in("log.key"))
+	}
+	abs(&c.Audit.Key, "")
+	abs(&c.Audit.SigningAgent, "")
+	abs(&c.Audit.PublicKey, "")
+	c.Audit.Tree = in("tlog")
 	abs(&c.Audit.Spool, in("spool"))
+	abs(&c.Audit.RecipientsFile, "")
 	if c.Audit.Store.S3 == nil {
 		abs(&c.Audit.Store.Directory, in("log"))
 	} else {
 		abs(&c.Audit.Store.S3.CredentialsFile, "")
 		abs(&c.Audit.Store.S3.CAFile, "")
+		abs(&c.Audit.Store.S3.SSE.KeyFile, "")
 	}
 	abs(&c.Admin.Socket, in("admin.sock"))
 	abs(&c.Docker.StateDir, in("docker"))
@@ -245,8 +278,11 @@ func Parse(b []byte, dir string) (Config, error) {
 		abs(&c.Docker.BindPrefixes[i], "")
 	}
 	// What a sandbox may never see, whatever policy and prefixes say.
-	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.State, c.Policy.Data, c.Audit.Key, c.Audit.Spool, c.Admin.Socket)
-	for _, p := range c.Audit.Store.paths() {
+	c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.State, c.Policy.Data, c.Audit.Spool, c.Admin.Socket)
+	if c.Audit.Key != "" {
+		c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, c.Audit.Key)
+	}
+	for _, p := range append(c.Audit.Store.paths(), c.Audit.SigningAgent) {
 		if p != "" {
 			c.Docker.ProtectedPaths = append(c.Docker.ProtectedPaths, p)
 		}
@@ -288,6 +324,9 @@ func (c Config) validate() error {
 		return err
 	}
 	if err := c.Audit.Store.validate(); err != nil {
+		return err
+	}
+	if err := c.Audit.validateSigner(); err != nil {
 		return err
 	}
 	switch c.Backend {

@@ -168,7 +168,7 @@ func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions,
 		return nil, c.refuse("audit-lost", &UserError{Text: "sessions can't be recorded at the moment, so none is given: tell an operator", Err: err})
 	}
 	c.record(0, &auditlog.Authenticate{
-		User: authz.Printable(m.User(), 130), Method: "publickey", KeyType: key.Type(), Fingerprint: ssh.FingerprintSHA256(key), Result: "proven",
+		User: authz.Printable(m.User(), 400), Method: "publickey", KeyType: key.Type(), Fingerprint: ssh.FingerprintSHA256(key), Result: "proven",
 	})
 	c.mu.Lock()
 	c.login = authz.LoginInput{
@@ -176,7 +176,7 @@ func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions,
 		ClientVersion: authz.Printable(string(m.ClientVersion()), 255), Gate: c.s.Gate,
 	}
 	c.mu.Unlock()
-	d, err := c.askLogin(c.ctx, c.login)
+	d, pick, err := authz.Choose(c.login, func(in authz.LoginInput) (authz.Login, error) { return c.askLogin(c.ctx, in) })
 	if err != nil {
 		c.s.Slog.Error("policy: login", "connection", c.id, "error", err)
 		c.record(0, &auditlog.Decision{User: user, Choice: choice, Reason: authz.Printable(err.Error(), 500)})
@@ -206,6 +206,9 @@ func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions,
 	c.mu.Unlock()
 	if c.s.NoData {
 		c.record(0, &auditlog.Alert{Name: "data-not-recorded", Detail: "by this gate's configuration (audit.data: none)"})
+	}
+	if spec.Template.Target != nil {
+		c.choice = newChoice(pick)
 	}
 	c.startSandbox(spec)
 	return p, nil

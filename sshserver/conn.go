@@ -80,12 +80,14 @@ type conn struct {
 
 	changed chan struct{} // has a value after the decision changed: see narrowed
 
+	choice      *choice       // of the sandbox's target; nil: it has none
 	sandboxDone chan struct{} // closed when the start has ended; then sandbox or sandboxErr is set
 	sandbox     backends.Sandbox
 	sandboxErr  error
 
 	mu             sync.Mutex          // guards what follows
 	decision       authz.Login         // the newest one that allowed
+	target         *authz.LoginTarget  // what it was about; nil: no target, or none yet
 	sandboxID      string              //
 	sessions       map[uint32]*session // open channels
 	forwards       map[uint32]*forward // open, under way, and refused by a client that has not said so
@@ -356,13 +358,21 @@ func narrower(gate time.Duration, profile string) time.Duration {
 
 func clock(t time.Time) string { return t.UTC().Format("15:04:05 UTC") }
 
-// tell writes a line to every terminal of the connection. It does not wait longer than tellTime for a client that
-// doesn't read.
+// tell writes a line to every terminal of the connection.
 func (c *conn) tell(text string) {
+	c.each(func(s *session) {
+		if s.terminal != nil {
+			s.notice("\r\n*** sallyport: " + text + "\r\n")
+		}
+	})
+}
+
+// each calls f for each session that has a program. It does not wait longer than tellTime for a client that doesn't read.
+func (c *conn) each(f func(*session)) {
 	c.mu.Lock()
 	var to []*session
 	for _, s := range c.sessions {
-		if s.running && s.terminal != nil {
+		if s.running {
 			to = append(to, s)
 		}
 	}
@@ -370,7 +380,7 @@ func (c *conn) tell(text string) {
 	var wg sync.WaitGroup
 	for _, s := range to {
 		wg.Add(1)
-		c.spawn(func() { defer wg.Done(); s.notice("\r\n*** sallyport: " + text + "\r\n") })
+		c.spawn(func() { defer wg.Done(); f(s) })
 	}
 	done := make(chan struct{})
 	go func() { wg.Wait(); close(done) }() // ends at the latest when the connection is closed
@@ -387,6 +397,7 @@ func (c *conn) reevaluate() {
 	in := c.login
 	c.mu.Lock()
 	old := c.decision
+	in.Target = c.target
 	c.mu.Unlock()
 	in.Choice = old.Ticket
 	var d authz.Login
@@ -698,11 +709,18 @@ func (c *conn) startSandbox(spec backends.Spec) {
 	c.spawn(func() {
 		defer close(c.sandboxDone)
 		c.sandboxErr = errors.New("the start panicked") // stays only if it does
+		var err error
+		if c.choice != nil {
+			spec, err = c.chooseTarget(spec)
+		}
 		ctx, cancel := context.WithTimeout(c.ctx, c.s.Config.StartTimeout)
 		defer cancel()
 		began := time.Now()
 		spec.Reports = c.report
-		sb, err := c.s.Backend.Start(ctx, spec)
+		var sb backends.Sandbox
+		if err == nil {
+			sb, err = c.s.Backend.Start(ctx, spec)
+		}
 		c.s.Metrics.sandboxStart.Observe(time.Since(began).Seconds())
 		rec := auditlog.Sandbox{Image: spec.Template.Image, Took: time.Since(began)}
 		if err != nil {
@@ -714,6 +732,10 @@ func (c *conn) startSandbox(spec backends.Spec) {
 			c.sandbox, c.sandboxErr = sb, nil
 			info := sb.Info()
 			rec.ID, rec.Backend, rec.Digest, rec.Node, rec.ExecAudit = sb.ID(), info.Backend, info.Digest, info.Node, info.ExecAudit
+			if j := info.Joined; j != nil {
+				rec.Target, rec.TargetID, rec.TargetContainer, rec.TargetImage, rec.TargetDigest = j.String(), j.ID, j.Container, j.Image, j.Digest
+				rec.Joined, rec.Weaker = j.What, j.Weaker
+			}
 			if info.Spec != nil {
 				if b, err := json.Marshal(info.Spec); err == nil {
 					rec.Spec = string(b)
@@ -724,10 +746,28 @@ func (c *conn) startSandbox(spec backends.Spec) {
 			c.mu.Unlock()
 		}
 		c.record(0, &rec)
+		if late, ok := sb.(backends.Identified); ok && err == nil && rec.Digest == "" {
+			c.spawn(func() { c.identify(late, rec) })
+		}
 		if why, off := strings.CutPrefix(rec.ExecAudit, "off: "); off {
 			c.record(0, &auditlog.Alert{Name: "exec-audit-off", Detail: why})
 		}
+		if t := spec.Template.Target; err == nil && t != nil && t.Processes {
+			c.record(0, &auditlog.Alert{Name: "target-joined", Detail: rec.Target + ": " + strings.Join(rec.Joined, ", ")})
+		}
 	})
+}
+
+// identify records the digest of an image that was not known when its sandbox was. Not the connection's context: a session may
+// be over before the digest is known.
+func (c *conn) identify(sb backends.Identified, rec auditlog.Sandbox) {
+	ctx, cancel := context.WithTimeout(context.Background(), c.s.Config.StartTimeout)
+	defer cancel()
+	if rec.Digest = sb.Digest(ctx); rec.Digest == "" {
+		return
+	}
+	rec.Spec, rec.Took = "", 0
+	c.record(0, &rec)
 }
 
 // finish is the one place where a connection ends.
@@ -738,9 +778,7 @@ func (c *conn) finish() {
 		why = c.authError
 	}
 	if c.sc != nil {
-		if why.text != "" {
-			c.tell("this session ends: " + why.text)
-		}
+		c.each(func(s *session) { s.farewell(why) })
 		c.sc.Close()
 	}
 	c.nc.Close()
@@ -803,7 +841,7 @@ func (c *conn) info() SessionInfo {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return SessionInfo{
-		ID: c.id, User: c.login.User, Source: c.source.String(), Ticket: c.decision.Ticket,
+		ID: c.id, Gate: c.s.Gate, User: c.login.User, Source: c.source.String(), Ticket: c.decision.Ticket,
 		Profile: c.decision.Profile, Sandbox: c.sandboxID, Started: c.started, Expires: c.decision.NotAfter,
 	}
 }

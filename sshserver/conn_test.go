@@ -101,7 +101,10 @@ type gate struct {
 	stopped bool
 }
 
-func newGate(t *testing.T, change func(*Config)) *gate {
+func newGate(t *testing.T, change func(*Config)) *gate { t.Helper(); return newGateOn(t, change, nil) }
+
+// newGateOn makes a gate whose log is as logs says.
+func newGateOn(t *testing.T, change func(*Config), logs func(*auditlog.Config, auditlog.Store) auditlog.Store) *gate {
 	t.Helper()
 	newKey := func() ssh.Signer {
 		_, k, err := ed25519.GenerateKey(rand.Reader)
@@ -125,13 +128,18 @@ func newGate(t *testing.T, change func(*Config)) *gate {
 		},
 		request: func(authz.RequestInput) (authz.Verdict, error) { return authz.Verdict{Allow: true}, nil },
 	}
+	var store auditlog.Store
 	store, err := file.NewStore(filepath.Join(g.dir, "log"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	logConfig := auditlog.Config{Spool: filepath.Join(g.dir, "spool")}
+	if logs != nil {
+		store = logs(&logConfig, store)
+	}
 	_, logKey, _ := ed25519.GenerateKey(rand.Reader)
 	quiet := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
-	g.log, err = auditlog.Open(t.Context(), auditlog.Config{Spool: filepath.Join(g.dir, "spool")}, logKey, store, "gate", quiet)
+	g.log, err = auditlog.Open(t.Context(), logConfig, logKey, store, "gate", quiet)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -66,7 +66,11 @@ func LoadHostKeys(files []string, create bool) ([]ssh.Signer, error) {
 	return keys, nil
 }
 
-// readPrivate reads a key file that nobody else may read, as sshd does.
+// secretMode is what a kubelet gives a file of a Secret in the pod of a gate that is not root: root's, read by the pod's group
+// (fsGroup), written by nobody.
+const secretMode = 0o440
+
+// readPrivate reads a key file that nobody else may read, as sshd does, or a Secret's.
 func readPrivate(file string) ([]byte, error) {
 	f, err := os.Open(file)
 	if err != nil {
@@ -77,8 +81,8 @@ func readPrivate(file string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s: mode %04o lets others read it: chmod 600", file, st.Mode().Perm())
+	if p := st.Mode().Perm(); p&0o077 != 0 && p != secretMode {
+		return nil, fmt.Errorf("%s: mode %04o lets others read it: chmod 600", file, p)
 	}
 	if st.Size() > 64<<10 {
 		return nil, fmt.Errorf("%s: too large for a key", file)

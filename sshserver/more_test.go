@@ -172,8 +172,16 @@ func TestLoadHostKeys(t *testing.T) {
 			t.Errorf("%s.pub: %q, %v", files[i], pub, err)
 		}
 	}
+	// As a Secret of Kubernetes' has it for a gate that is not root.
+	if err := os.Chmod(files[0], 0o440); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadHostKeys(files, false); err != nil {
+		t.Errorf("mode 0440: %v", err)
+	}
 	for name, change := range map[string]func(file string) error{
 		"lets others read it": func(f string) error { return os.Chmod(f, 0o644) },
+		"mode 0640":           func(f string) error { return os.Chmod(f, 0o640) },
 		"are both":            func(f string) error { return copyKey(f, filepath.Join(dir, "other_rsa")) },
 		"no key found":        func(f string) error { return os.WriteFile(f, []byte("garbage"), 0o600) },
 	} {

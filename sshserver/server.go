@@ -311,6 +311,7 @@ func (s *Server) Shutdown(ctx context.Context) {
 // SessionInfo is one running session, for an operator.
 type SessionInfo struct {
 	ID      string    `json:"id"`
+	Gate    string    `json:"gate"`
 	User    string    `json:"user"`
 	Source  string    `json:"source"`
 	Ticket  string    `json:"ticket"`

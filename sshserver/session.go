@@ -50,8 +50,9 @@ type session struct {
 	x11Single bool          // for one connection
 
 	terminal *backends.Terminal // written before running is, read after it
-	running  bool               // guarded by c.mu: the program has its terminal
+	running  bool               // guarded by c.mu: the program is there, with its terminal if it has one
 	screen   *outlet            // the terminal, once running
+	bye      sync.Once          // the client is told why the connection ends
 }
 
 func newSession(c *conn, id uint32, ch ssh.Channel, before <-chan struct{}) *session {
@@ -290,6 +291,7 @@ func (s *session) program(in authz.RequestInput, p backends.Process, act *func()
 // run runs the program to its end, and tells the client how it ended.
 func (s *session) run(p backends.Process) {
 	defer s.c.touch()
+	s.chooseTarget()
 	sb, err := s.c.ready(s.ctx)
 	if err != nil {
 		s.fail(&UserError{Text: startFailure(err), Err: err})
@@ -323,6 +325,9 @@ func (s *session) run(p backends.Process) {
 	} else {
 		p.Stderr = &outlet{s: s, n: &s.err, keep: s.keeps[auditlog.Error], w: s.ch.Stderr()}
 		p.Stdin = &inlet{s: s}
+		s.c.mu.Lock()
+		s.running = true
+		s.c.mu.Unlock()
 	}
 	if s.agent || s.x11 != nil {
 		stop := s.sessionForwards(&p)
@@ -345,6 +350,9 @@ func (s *session) run(p backends.Process) {
 	s.c.mu.Lock()
 	s.running = false
 	s.c.mu.Unlock()
+	if s.c.ctx.Err() != nil { // a program that lost its client's bytes may end before finish has said why
+		s.farewell(endCause(context.Cause(s.c.ctx)))
+	}
 	switch {
 	case err == nil:
 		s.exit(auditlog.Exit{Code: uint32(status.Code), Signal: status.Signal, Core: status.CoreDumped})
@@ -438,6 +446,24 @@ func (s *session) fail(err error) {
 	}
 }
 
+// farewell tells the client, once, why its connection ends: on the terminal, or on standard error where there is none.
+func (s *session) farewell(why *cause) {
+	if why.text == "" {
+		return
+	}
+	s.bye.Do(func() {
+		text := "sallyport: this session ends: " + why.text + "\r\n"
+		switch {
+		case s.terminal == nil:
+			io.WriteString(s.ch.Stderr(), text)
+		case s.c.rec.Err() != nil: // that nothing can be recorded can't be recorded
+			io.WriteString(s.ch, "\r\n*** "+text)
+		default:
+			s.notice("\r\n*** " + text)
+		}
+	})
+}
+
 // exit records how the program ended, and ends the channel.
 func (s *session) exit(e auditlog.Exit) {
 	s.c.record(s.id, &e)
@@ -485,6 +511,9 @@ func (c *conn) welcome() string {
 		c.login.User, authz.Printable(d.Ticket, 64), authz.Printable(d.Profile, 64), d.NotAfter.UTC().Format("2006-01-02 15:04:05 UTC"))
 	if d.Why != "" {
 		fmt.Fprintf(&b, "Reason: %s\r\n", authz.Printable(d.Why, 200))
+	}
+	if j := c.sandbox.Info().Joined; j != nil {
+		fmt.Fprintf(&b, "Joined %s: %s.\r\n", authz.Printable(j.String(), 300), strings.Join(j.What, ", "))
 	}
 	fmt.Fprintf(&b, "This session is recorded: %s\r\n\r\n", c.id)
 	return b.String()

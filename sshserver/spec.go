@@ -24,6 +24,7 @@ func specOf(gate, session, user string, d authz.Login) (backends.Spec, error) {
 		Image: p.Image, PullPolicy: p.PullPolicy, UID: defaultID, GID: defaultID, Groups: p.Groups, Hostname: p.Hostname,
 		Home: p.Home, Env: p.Env, Network: p.Network, CPUs: p.CPUs, PIDs: p.PIDs, Scratch: p.Scratch, Caps: p.Caps,
 		Runtime: p.Runtime, ExtraHosts: p.ExtraHosts, Namespace: p.Namespace, Nodes: p.Nodes, Priority: p.Priority,
+		Spread: p.Spread, Pod: p.Pod,
 	}
 	if p.Image == "" {
 		return backends.Spec{}, fmt.Errorf("profile %s: image is missing", d.Profile)
@@ -75,6 +76,16 @@ func specOf(gate, session, user string, d authz.Login) (backends.Spec, error) {
 	if d.Permit.DataLimit != "" {
 		if _, err := parseSize(d.Permit.DataLimit); err != nil {
 			return backends.Spec{}, fmt.Errorf("profile %s: permit.data_limit: %w", d.Profile, err)
+		}
+	}
+	if target := p.Target; target != nil {
+		permit := d.Permit.Target
+		if permit == nil || !permit.Network || permit.Files && !permit.Processes {
+			return backends.Spec{}, fmt.Errorf("profile %s: permit.target: network is off, or files is on without processes", d.Profile)
+		}
+		t.Target = &backends.Target{
+			Namespace: target.Namespace, Labels: target.Labels, Workload: target.Workload, Name: target.Name, Container: target.Container,
+			Processes: permit.Processes, Files: permit.Files,
 		}
 	}
 	var err error

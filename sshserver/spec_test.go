@@ -1,6 +1,7 @@
 package sshserver
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ func TestSpecOf(t *testing.T) {
 			Image: "debug:1", User: "1001:4", Memory: "512Mi", TmpSize: "1G", Groups: []uint32{4},
 			Mounts:    []authz.Mount{{Source: "/var/log/x", Target: "/logs"}},
 			Namespace: "debug", Nodes: map[string]string{"pool": "debug"}, Priority: "low",
+			Spread: []string{"zone"}, Pod: json.RawMessage(`{"spec":{}}`),
 		},
 	}
 	spec, err := specOf("gate", "session", "alice", d)
@@ -25,7 +27,7 @@ func TestSpecOf(t *testing.T) {
 	if tpl.UID != 1001 || tpl.GID != 4 || tpl.Memory != 512<<20 || tpl.TmpSize != 1e9 || len(tpl.Mounts) != 1 || tpl.Mounts[0].Write {
 		t.Errorf("template %+v", tpl)
 	}
-	if tpl.Namespace != "debug" || tpl.Nodes["pool"] != "debug" || tpl.Priority != "low" {
+	if tpl.Namespace != "debug" || tpl.Nodes["pool"] != "debug" || tpl.Priority != "low" || tpl.Spread[0] != "zone" || string(tpl.Pod) != `{"spec":{}}` {
 		t.Errorf("template %+v", tpl)
 	}
 	if o.User != "alice" || o.Session != "session" || o.Grant != "OPS-1" || !o.Expires.Equal(d.NotAfter) {

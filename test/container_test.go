@@ -196,13 +196,27 @@ func exitCode(err error) int {
 
 // importGate makes an image of the static commands, laid out as the Dockerfile does.
 func importGate(name string) error {
-	dir, err := os.MkdirTemp("", "sallyport-gate-")
+	layer, err := gateLayer()
 	if err != nil {
 		return err
 	}
+	cmd := exec.Command("docker", "import", "--change", `ENTRYPOINT ["/usr/local/bin/sallyport"]`, "-", name)
+	cmd.Stdin = bytes.NewReader(layer)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("docker import: %w: %s", err, out)
+	}
+	return nil
+}
+
+// gateLayer is the file system of that image as a tar archive.
+func gateLayer() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "sallyport-gate-")
+	if err != nil {
+		return nil, err
+	}
 	defer os.RemoveAll(dir)
 	if err := build(dir, false); err != nil {
-		return err
+		return nil, err
 	}
 	var packed bytes.Buffer
 	w := tar.NewWriter(&packed)
@@ -218,19 +232,12 @@ func importGate(name string) error {
 	for _, name := range []string{"sallyport", "sallyport-agent"} {
 		content, rerr := os.ReadFile(filepath.Join(dir, name))
 		if err = errors.Join(err, rerr); err != nil {
-			return err
+			return nil, err
 		}
 		add(tar.Header{Name: "usr/local/bin/" + name, Mode: 0o755}, content)
 	}
 	add(tar.Header{Name: "tmp/", Typeflag: tar.TypeDir, Mode: int64(fs.ModePerm) | 0o1000}, nil)
 	add(tar.Header{Name: "etc/passwd", Mode: 0o644}, []byte("sallyport:x:65532:65532::/var/lib/sallyport:/nonexistent\n"))
-	if err = errors.Join(err, w.Close()); err != nil {
-		return err
-	}
-	cmd := exec.Command("docker", "import", "--change", `ENTRYPOINT ["/usr/local/bin/sallyport"]`, "-", name)
-	cmd.Stdin = &packed
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("docker import: %w: %s", err, out)
-	}
-	return nil
+	err = errors.Join(err, w.Close())
+	return packed.Bytes(), err
 }

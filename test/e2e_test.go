@@ -67,7 +67,7 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	binaries = dir
-	if !noEngine {
+	if !noEngine || os.Getenv("SALLYPORT_TEST_KUBECONFIG") != "" {
 		if err := errors.Join(build(dir, true), writeHelpers(dir)); err != nil {
 			fmt.Fprintln(os.Stderr, "test:", err)
 			return 1
@@ -140,6 +140,7 @@ func params(transport string, p testscript.Params) testscript.Params {
 		"answer":     cmdAnswer,
 		"ask":        cmdAsk,
 		"ports":      cmdPorts,
+		"target":     cmdTarget,
 	}
 	return p
 }

@@ -51,7 +51,8 @@ var homes = map[string][]string{
 	"k8s.io/":                          {"backends/kubernetes"},
 	"github.com/open-policy-agent/opa": {"authz"},
 	"github.com/minio/minio-go/":       {"auditlog/s3"},
-	"golang.org/x/crypto/ssh":          {"sshserver"},
+	"golang.org/x/crypto/ssh":          {"sshserver", "auditlog/agekeys"}, // there for key files alone
+	"filippo.io/age":                   {"auditlog", "cmd/sallyport-audit"},
 	"github.com/hashicorp/yamux":       {"agent"},
 	"github.com/fxamacker/cbor/":       {"auditlog", "agent"},
 }

@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -117,7 +118,8 @@ kubernetes:
   namespace: %s
   host_paths: [%s]
   cpu_share: 0.02
-`, os.Getenv("SALLYPORT_TEST_KUBECONFIG"), s.namespace(), os.TempDir())
+  agent_image: %s
+`, os.Getenv("SALLYPORT_TEST_KUBECONFIG"), s.namespace(), os.TempDir(), cmp.Or(os.Getenv("SALLYPORT_TEST_AGENT_IMAGE"), "sallyport/agent:1"))
 }
 
 // writeHelpers writes what scripts do to sandboxes from outside, for either backend: `inside SANDBOX COMMAND...`,

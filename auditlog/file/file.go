@@ -11,9 +11,10 @@ import (
 	"io/fs"
 	"iter"
 	"os"
-	"path"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
@@ -257,47 +258,89 @@ func (s *Source) List(ctx context.Context, prefix string) iter.Seq2[auditlog.Obj
 		if dir != "." && !fs.ValidPath(dir) {
 			return
 		}
-		err := fs.WalkDir(s.root.FS(), dir, func(name string, d fs.DirEntry, err error) error {
-			if err != nil {
-				if errors.Is(err, fs.ErrNotExist) {
-					return nil // no such prefix, or gone meanwhile
-				}
-				return err
+		info, err := s.root.Stat(filepath.FromSlash(dir))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || err == nil && !info.IsDir() {
+			return // no such prefix
+		}
+		root := s.root
+		if err == nil && dir != "." {
+			if root, err = s.root.OpenRoot(filepath.FromSlash(dir)); err == nil {
+				defer root.Close()
 			}
-			if err := context.Cause(ctx); err != nil {
-				return err
-			}
-			if name != "." && strings.HasPrefix(path.Base(name), ".") {
-				if d.IsDir() {
-					return fs.SkipDir
-				}
-				return nil
-			}
-			if d.IsDir() {
-				if name != "." && !strings.HasPrefix(name+"/", prefix) && !strings.HasPrefix(prefix, name+"/") {
-					return fs.SkipDir
-				}
-				return nil
-			}
-			if !strings.HasPrefix(name, prefix) {
-				return nil
-			}
-			info, err := d.Info()
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			if !yield(auditlog.Object{Name: name, Size: info.Size(), Modified: info.ModTime()}, nil) {
-				return fs.SkipAll
-			}
-			return nil
-		})
+		}
+		w := walk{ctx: ctx, prefix: prefix, yield: yield}
+		if err == nil {
+			_, err = w.dir(root, strings.TrimPrefix(dir+"/", "./"))
+		}
 		if err != nil {
 			yield(auditlog.Object{}, err)
 		}
 	}
+}
+
+// walk is one List.
+type walk struct {
+	ctx    context.Context
+	prefix string
+	yield  func(auditlog.Object, error) bool
+}
+
+// dir yields what lies in a directory whose objects' names begin with above; false if the caller has enough. Each directory is
+// opened from the one above it: a name from the top, looked up part by part, would cost several times as much.
+func (w *walk) dir(root *os.Root, above string) (more bool, err error) {
+	if err := context.Cause(w.ctx); err != nil {
+		return false, err
+	}
+	f, err := root.Open(".")
+	if err != nil {
+		return false, err
+	}
+	entries, err := f.ReadDir(-1)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return false, err
+	}
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	for _, d := range entries {
+		name := above + d.Name()
+		if strings.HasPrefix(d.Name(), ".") {
+			continue
+		}
+		if d.IsDir() {
+			if !strings.HasPrefix(name+"/", w.prefix) && !strings.HasPrefix(w.prefix, name+"/") {
+				continue
+			}
+			if more, err := w.below(root, d.Name(), name+"/"); err != nil || !more {
+				return more, err
+			}
+			continue
+		}
+		if !strings.HasPrefix(name, w.prefix) {
+			continue
+		}
+		info, err := root.Lstat(d.Name())
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // gone meanwhile
+		}
+		if err != nil {
+			return false, err
+		}
+		if !w.yield(auditlog.Object{Name: name, Size: info.Size(), Modified: info.ModTime()}, nil) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+func (w *walk) below(root *os.Root, name, above string) (more bool, err error) {
+	sub, err := root.OpenRoot(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil // gone meanwhile
+	}
+	if err != nil {
+		return false, err
+	}
+	defer sub.Close()
+	return w.dir(sub, above)
 }
 
 // Open opens an object; see auditlog.Source.

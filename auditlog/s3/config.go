@@ -20,6 +20,7 @@ import (
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
+	"github.com/minio/minio-go/v7/pkg/encrypt"
 )
 
 const (
@@ -46,10 +47,21 @@ type Config struct {
 	// aws_secret_access_key). It is read for each request, so it can be replaced. Empty: the environment's
 	// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; without these, the file that AWS_SHARED_CREDENTIALS_FILE names.
 	CredentialsFile string `yaml:"credentials_file"`
+	// Credentials is role for a credential of the machine's or the pod's role, which is fetched and renewed: by web identity
+	// (AWS_WEB_IDENTITY_TOKEN_FILE and AWS_ROLE_ARN in the environment, as IRSA sets them), from a container's agent
+	// (AWS_CONTAINER_CREDENTIALS_FULL_URI or _RELATIVE_URI, as EKS Pod Identity and ECS set them), else from EC2's metadata
+	// service. Empty: a file or the environment, as below.
+	Credentials string `yaml:"credentials"`
+	// RoleEndpoint is the URL of the token service or of the metadata service. Empty: AWS's.
+	RoleEndpoint string `yaml:"role_endpoint"`
 	// Profile is the section of the credentials' file. Default: the environment's AWS_PROFILE, or default.
 	Profile string `yaml:"profile"`
 	// Insecure permits an http:// endpoint on another machine: whoever is between can read the log. Default false.
 	Insecure bool `yaml:"insecure"`
+	// Retention locks each object that is put.
+	Retention Retention `yaml:"retention"`
+	// SSE is the encryption that the server does.
+	SSE SSE `yaml:"sse"`
 }
 
 // WithDefaults gives the configuration with its unset values set.
@@ -88,6 +100,15 @@ func (c Config) Validate() error {
 	}
 	u, err := c.endpoint()
 	if err != nil {
+		return err
+	}
+	if err := c.validateRole(); err != nil {
+		return err
+	}
+	if err := c.Retention.validate(); err != nil {
+		return err
+	}
+	if err := c.SSE.validate(u.Scheme == "https"); err != nil {
 		return err
 	}
 	if u.Scheme == "http" && !c.Insecure && !loopback(u.Hostname()) {
@@ -129,6 +150,9 @@ func validName(name string) bool {
 // bucket is a bucket that can be asked.
 type bucket struct {
 	core      *minio.Core
+	creds     *credentials.Credentials
+	ssePut    encrypt.ServerSide // nil: none is asked for
+	sseGet    encrypt.ServerSide // what a Get must send; nil: nothing
 	transport *http.Transport
 	name      string
 	prefix    string // with a slash at its end, or empty
@@ -159,6 +183,10 @@ func open(c Config, stall time.Duration) (*bucket, error) {
 	if err != nil {
 		return nil, err
 	}
+	ssePut, sseGet, err := c.SSE.open()
+	if err != nil {
+		return nil, err
+	}
 	dialer := &net.Dialer{Timeout: dialTimeout}
 	transport := &http.Transport{
 		Proxy:           http.ProxyFromEnvironment,
@@ -186,7 +214,7 @@ func open(c Config, stall time.Duration) (*bucket, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &bucket{core: core, transport: transport, name: c.Bucket}
+	b := &bucket{core: core, creds: creds, ssePut: ssePut, sseGet: sseGet, transport: transport, name: c.Bucket}
 	if c.Prefix != "" {
 		b.prefix = c.Prefix + "/"
 	}
@@ -218,6 +246,9 @@ func (e explainer) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // credentials finds the credential, and fails if there is none: an anonymous request is never meant.
 func (c Config) credentials() (*credentials.Credentials, error) {
+	if c.Credentials == credentialsRole {
+		return c.role(), nil
+	}
 	file := c.CredentialsFile
 	if file == "" && (os.Getenv("AWS_ACCESS_KEY_ID") == "" || os.Getenv("AWS_SECRET_ACCESS_KEY") == "") {
 		if file = os.Getenv("AWS_SHARED_CREDENTIALS_FILE"); file == "" {
@@ -239,6 +270,41 @@ func (c Config) credentials() (*credentials.Credentials, error) {
 		return nil, fmt.Errorf("credentials_file: %s: no aws_access_key_id and aws_secret_access_key in the profile", file)
 	}
 	return creds, nil
+}
+
+// credentialsRole is the value of Config.Credentials for a role's.
+const credentialsRole = "role"
+
+func (c Config) validateRole() error {
+	switch {
+	case c.Credentials != "" && c.Credentials != credentialsRole:
+		return fmt.Errorf("credentials: %q: want role, or nothing", c.Credentials)
+	case c.Credentials == credentialsRole && c.CredentialsFile != "":
+		return errors.New("credentials: role, and a credentials_file: write one of them")
+	case c.Credentials == "" && c.RoleEndpoint != "":
+		return errors.New("role_endpoint: only with credentials: role")
+	case c.RoleEndpoint != "":
+		if u, err := url.Parse(c.RoleEndpoint); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" {
+			return fmt.Errorf("role_endpoint: %q: want a URL", c.RoleEndpoint)
+		}
+	}
+	return nil
+}
+
+// role fetches nothing yet: a service that is away shall not keep a gate from starting.
+func (c Config) role() *credentials.Credentials {
+	return credentials.New(&credentials.IAM{Client: &http.Client{Timeout: roleTimeout}, Endpoint: c.RoleEndpoint, Region: c.Region})
+}
+
+// roleTimeout bounds one request for a role's credential.
+const roleTimeout = 10 * time.Second
+
+// renew makes the next request fetch the credential anew, if the server says that this one is none any more.
+func (b *bucket) renew(err error) {
+	switch code(err) {
+	case "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch":
+		b.creds.Expire()
+	}
 }
 
 // code is the error code of S3, "" if err is not an answer of the server.

@@ -46,6 +46,7 @@ func (s *Source) List(ctx context.Context, prefix string) iter.Seq2[auditlog.Obj
 		at := s.b.prefix + prefix
 		for o := range s.b.core.ListObjectsIter(ctx, s.b.name, minio.ListObjectsOptions{Prefix: at, Recursive: true}) {
 			if o.Err != nil {
+				s.b.renew(o.Err)
 				yield(auditlog.Object{}, fmt.Errorf("list s3://%s/%s: %w", s.b.name, at, o.Err))
 				return
 			}
@@ -70,11 +71,12 @@ func (s *Source) Open(ctx context.Context, name string) (io.ReadCloser, error) {
 	if !validName(name) {
 		return nil, fmt.Errorf("open %.200q: %w", name, fs.ErrNotExist)
 	}
-	r, _, _, err := s.b.core.GetObject(ctx, s.b.name, s.b.prefix+name, minio.GetObjectOptions{})
+	r, _, _, err := s.b.core.GetObject(ctx, s.b.name, s.b.prefix+name, minio.GetObjectOptions{ServerSideEncryption: s.b.sseGet})
 	switch {
 	case code(err) == "NoSuchKey":
 		return nil, fmt.Errorf("open s3://%s/%s: %w", s.b.name, s.b.prefix+name, fs.ErrNotExist)
 	case err != nil:
+		s.b.renew(err)
 		return nil, fmt.Errorf("open s3://%s/%s: %w", s.b.name, s.b.prefix+name, err)
 	}
 	return body{r}, nil

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -27,8 +28,9 @@ const conflictTries = 5
 // SHA-256, so that what arrives is what was sent. A server that does not know If-None-Match must be told otherwise to
 // keep what it has: by versioning, or an object lock.
 type Store struct {
-	b   *bucket
-	log *slog.Logger
+	b         *bucket
+	log       *slog.Logger
+	retention Retention
 }
 
 // NewStore makes a store. It asks the server nothing: a server that is away shall not keep a gate from starting.
@@ -39,7 +41,7 @@ func newStore(cfg Config, log *slog.Logger, stall time.Duration) (*Store, error)
 	if err != nil {
 		return nil, fmt.Errorf("s3 store: %w", err)
 	}
-	return &Store{b: b, log: log}, nil
+	return &Store{b: b, log: log, retention: cfg.Retention}, nil
 }
 
 // Close closes idle connections.
@@ -99,8 +101,7 @@ func (s *Store) putOnce(ctx context.Context, name string, r io.Reader, size int6
 
 // Check finds out whether the server takes objects, by one that is put once and stays: check/GATE.
 func (s *Store) Check(ctx context.Context, gate string) error {
-	const text = "Made by sallyport check.\n"
-	o, err := newObject(bytes.NewReader([]byte(text)), int64(len(text)))
+	o, err := newObject(strings.NewReader(auditlog.CheckText), int64(len(auditlog.CheckText)))
 	if err != nil {
 		return err
 	}
@@ -116,6 +117,8 @@ func (s *Store) send(ctx context.Context, name string, o *object) (taken bool, e
 	// The content's SHA-256 is given, not left out: without this option a connection in the clear would get signed chunks.
 	opts := minio.PutObjectOptions{ContentType: "application/octet-stream", DisableContentSha256: true}
 	opts.SetMatchETagExcept("*")
+	opts.ServerSideEncryption = s.b.ssePut
+	s.retention.set(&opts, time.Now())
 	for try := 1; ; try++ {
 		_, err = s.b.core.PutObject(ctx, s.b.name, s.b.prefix+name, o.reader(), o.size, o.md5,
 			hex.EncodeToString(o.sha256[:]), opts)
@@ -134,6 +137,7 @@ func (s *Store) send(ctx context.Context, name string, o *object) (taken bool, e
 				}
 			}
 		}
+		s.b.renew(err)
 		return false, err
 	}
 }
@@ -141,7 +145,7 @@ func (s *Store) send(ctx context.Context, name string, o *object) (taken bool, e
 // same says whether an object holds these bytes. What the server says of it (ETag, metadata) may be set by who put it,
 // or be no hash at all under encryption; so it is read.
 func (s *Store) same(ctx context.Context, name string, o *object) (bool, error) {
-	r, info, _, err := s.b.core.GetObject(ctx, s.b.name, s.b.prefix+name, minio.GetObjectOptions{})
+	r, info, _, err := s.b.core.GetObject(ctx, s.b.name, s.b.prefix+name, minio.GetObjectOptions{ServerSideEncryption: s.b.sseGet})
 	if err != nil {
 		return false, err
 	}

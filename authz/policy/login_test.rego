@@ -197,3 +197,25 @@ test_considered if {
 		{"ticket": "T-2", "profile": "db", "from": "grants.alice", "status": "invalid"},
 	}
 }
+
+joining := {"web": {"image": "i", "target": {"labels": {"app": "web"}}, "permit": {"target": {"network": true}}}}
+
+# A rule of one's own says who may join what: it is asked again with the target.
+test_target_is_decided_by_deny if {
+	answers := [answer |
+		some labels in [{"app": "web"}, {"app": "web", "tier": "ledger"}]
+		answer := sallyport.login with input as {
+			"user": "alice", "source": "192.0.2.1", "key": {"line": line}, "choice": "OPS-1",
+			"target": {"name": "web-1", "labels": labels},
+		}
+			with data.users as users
+			with data.profiles as joining
+			with data.grants as {"alice": {"OPS-1": {"profile": "web", "not_after": "2026-03-01T13:00:00Z"}}}
+			with data.group_grants as {}
+			with time.now_ns as time.parse_rfc3339_ns(now)
+			with sallyport.deny as {"not the ledger" | labels.tier == "ledger"}
+	]
+	answers[0].allow
+	answers[0].sandbox.target.labels.app == "web"
+	refused(answers[1], "deny", "not the ledger")
+}

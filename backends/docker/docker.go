@@ -38,6 +38,7 @@ type Config struct {
 	Runtimes     []string `yaml:"runtimes"`      // OCI runtimes that may be named; default none
 	AllowCaps    []string `yaml:"allow_caps"`    // capabilities that may be added, as "NET_RAW"; default none
 	AllowRoot    bool     `yaml:"allow_root"`    // whether uid 0 is permitted
+	Targets      Targets  `yaml:"targets"`       // containers that may be joined; default none
 
 	Memory    Size    `yaml:"memory"`     // where a profile names none; default 512Mi
 	CPUs      float64 `yaml:"cpus"`       // where a profile names none; default 1
@@ -110,6 +111,7 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("allow_caps: %q %s", name, reason))
 		}
 	}
+	errs = append(errs, c.Targets.validate()...)
 	if c.Memory < minMemory || c.Memory > c.MaxMemory {
 		errs = append(errs, fmt.Errorf("memory: must be from %v to max_memory", Size(minMemory)))
 	}
@@ -169,16 +171,22 @@ type Backend struct {
 	prefixes []string // BindPrefixes after symlinks
 	guarded  []string // what no bind may touch, after symlinks
 
-	filling sync.Mutex // one fills the volume at a time; guards filled
-	filled  string     // when the volume was created that is known to hold the agent
+	helperAge time.Duration // less in a test
+
+	filling sync.Mutex // one fills the agent's volume at a time
 
 	images imageCache
+	joins  sync.Mutex // held while a target's sandboxes are counted and one more is created
 
-	mu   sync.Mutex          // guards live
-	live map[string]*sandbox // by session: from before anything of it exists until all of it is gone
+	mu     sync.Mutex          // guards filled and live
+	filled string              // the word of the volume that is known to hold the agent
+	live   map[string]*sandbox // by session: from before anything of it exists until all of it is gone
 }
 
-var _ backends.Backend = (*Backend)(nil)
+var (
+	_ backends.Backend = (*Backend)(nil)
+	_ backends.Joiner  = (*Backend)(nil)
+)
 
 // New prepares a backend for the gate of that name, which must be its alone on the engine: what bears it and is not
 // known to this Backend is removed by Run. The engine must answer.
@@ -199,7 +207,7 @@ func New(ctx context.Context, config Config, gate string, log *slog.Logger) (*Ba
 	if err != nil {
 		return nil, fmt.Errorf("docker: %w", err)
 	}
-	b := &Backend{config: config, gate: gate, log: log, engine: engine, live: make(map[string]*sandbox)}
+	b := &Backend{config: config, gate: gate, log: log, engine: engine, live: make(map[string]*sandbox), helperAge: helperAge}
 	if err := b.prepare(ctx); err != nil {
 		engine.Close()
 		return nil, fmt.Errorf("docker: %w", err)
@@ -235,7 +243,9 @@ func (b *Backend) prepare(ctx context.Context) error {
 		return err
 	}
 	if b.relay {
-		err = b.keepVolume(ctx)
+		if err = b.replaceVolume(ctx); err == nil {
+			_, err = b.fillVolume(ctx)
+		}
 	} else {
 		b.agent, err = installAgent(b.file, filepath.Join(b.config.StateDir, agentDir))
 	}

@@ -124,6 +124,8 @@ func (b *Backend) hear(ctx context.Context) {
 func (b *Backend) died(m events.Message, oom bool) {
 	why := "the sandbox ended, exit code " + m.Actor.Attributes["exitCode"]
 	switch m.Actor.Attributes["exitCode"] {
+	case exitShared:
+		why = sharedUID
 	case strconv.Itoa(agent.ExitRelay):
 		why = "the relay into the sandbox ended"
 	case "137":
@@ -135,6 +137,7 @@ func (b *Backend) died(m events.Message, oom bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if s := b.live[m.Actor.Attributes[labelSession]]; s != nil {
+		s.exit.Store(&why)
 		select {
 		case s.death <- why:
 		default:

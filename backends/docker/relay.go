@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strconv"
 	"strings"
 
 	"github.com/docker/docker/api/types"
@@ -19,7 +20,7 @@ import (
 func (s *sandbox) startRelay(ctx context.Context, user string) (net.Conn, error) {
 	engine := s.backend.engine
 	created, err := engine.ContainerExecCreate(ctx, s.id, container.ExecOptions{
-		User: user, WorkingDir: "/", Cmd: []string{insideAgent, "relay", "--socket", agent.RelaySocket},
+		User: user, WorkingDir: "/", Cmd: []string{insideAgent, "relay", "--socket", agent.RelaySocket, "--pid", strconv.Itoa(s.joined.relayPID())},
 		AttachStdin: true, AttachStdout: true, AttachStderr: true,
 	})
 	if err != nil {

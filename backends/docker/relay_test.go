@@ -24,6 +24,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -137,7 +138,7 @@ func TestVolume(t *testing.T) {
 	name := b.file.volume()
 	again := func() error {
 		config := b.config
-		c, err := New(ctx, config, b.gate, slog.New(slog.DiscardHandler))
+		c, err := New(ctx, config, "test-"+strings.ToLower(rand.Text()), slog.New(slog.DiscardHandler))
 		if err == nil {
 			c.Close()
 		}
@@ -165,8 +166,20 @@ func TestVolume(t *testing.T) {
 		t.Fatal(err)
 	}
 	works("after another made it")
+	if err := again(); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := engine.VolumeInspect(ctx, name); err != nil || v.Labels[labelMade] == "" || v.Labels[labelAgent] != b.file.hash {
+		t.Errorf("a gate that starts has left the volume that it can't know again: %+v, %v", v, err)
+	}
+	works("after a gate replaced it")
+	if out, err := exec.Command("docker", "run", "--rm", "-v", name+":/mnt", busyboxImage, "/bin/busybox", "rm", "/mnt/"+insideName).CombinedOutput(); err != nil {
+		t.Fatalf("%v, %s", err, out)
+	}
+	works("after another emptied it")
 
-	m := mount.Mount{Type: mount.TypeVolume, Source: name, VolumeOptions: &mount.VolumeOptions{NoCopy: true}}
+	m := b.file.mount()
+	m.ReadOnly = false
 	for what, h := range map[string]tar.Header{
 		"another file": {Name: insideName, Mode: 0o111, Size: 4}, "readable": {Name: insideName, Mode: 0o755, Size: int64(len(b.file.content))},
 		"of the session's": {Name: insideName, Mode: 0o111, Uid: 1000, Size: int64(len(b.file.content))},
@@ -177,7 +190,7 @@ func TestVolume(t *testing.T) {
 		if err := errors.Join(w.WriteHeader(&h), func() error { _, err := w.Write(content); return err }(), w.Close()); err != nil {
 			t.Fatal(err)
 		}
-		err := b.helper(ctx, "sallyport-test-"+rand.Text(), m, func(id string) error {
+		err := b.helper(ctx, "sallyport-test-"+rand.Text(), m, func(ctx context.Context, id string) error {
 			if err := engine.CopyToContainer(ctx, id, "/mnt", &packed, container.CopyToContainerOptions{}); err != nil {
 				return err
 			}
@@ -215,7 +228,8 @@ func TestVolume(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	err := b.helper(ctx, "sallyport-test-"+rand.Text(), mount.Mount{Type: mount.TypeVolume, Source: old[1]}, func(string) error { return b.pruneAgents(ctx) })
+	err := b.helper(ctx, "sallyport-test-"+rand.Text(), mount.Mount{Type: mount.TypeVolume, Source: old[1]},
+		func(ctx context.Context, _ string) error { return b.pruneAgents(ctx) })
 	if err != nil {
 		t.Error(err)
 	}
@@ -229,6 +243,98 @@ func TestVolume(t *testing.T) {
 		t.Error(err)
 	}
 	works("at last")
+}
+
+// TestVolumeStolen: others remove the agent's volume whenever nobody has it, and put an empty one in its place, all the
+// time and many times in a second. Each sandbox has its agent none the less.
+func TestVolumeStolen(t *testing.T) {
+	engine := requireEngine(t)
+	b := newBackend(t, byRelay)
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	var thieves sync.WaitGroup
+	var stolen atomic.Int64
+	for i := range 2 {
+		thieves.Go(func() {
+			for ctx.Err() == nil {
+				if engine.VolumeRemove(ctx, b.file.volume(), false) == nil {
+					made := volume.CreateOptions{Name: b.file.volume()} // by the engine itself, say
+					if i == 0 {
+						made.Labels = b.file.mount().VolumeOptions.Labels // by another gate, which was killed before it filled it
+					}
+					engine.VolumeCreate(ctx, made)
+					stolen.Add(1)
+				}
+				select { // an engine that is asked for nothing but this starts no container
+				case <-ctx.Done():
+				case <-time.After(5 * time.Millisecond):
+				}
+			}
+		})
+	}
+	for range 12 {
+		had := stolen.Load()
+		for limit := time.Now().Add(time.Minute); stolen.Load() < had+3 && time.Now().Before(limit); {
+			time.Sleep(time.Millisecond)
+		}
+		if stolen.Load() == had {
+			t.Fatal("nobody could remove the volume")
+		}
+		s, err := b.Start(context.Background(), newSpec(busyboxImage))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if got := sh(t, s, "echo here"); got != "here\n" {
+			t.Errorf("%q", got)
+		}
+		if err := s.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}
+	stop()
+	thieves.Wait()
+}
+
+// TestVolumeOfKilledGate: a helper that a killed gate has left keeps nobody from filling the volume for longer than it may be at work.
+func TestVolumeOfKilledGate(t *testing.T) {
+	engine := requireEngine(t)
+	ctx := context.Background()
+	b := newBackend(t, byRelay)
+	b.helperAge = 15 * time.Second
+	if err := engine.VolumeRemove(ctx, b.file.volume(), false); err != nil {
+		t.Fatal(err)
+	}
+	// What there is when it dies in the middle: the helper, its image, and a part of the agent.
+	empty, err := b.emptyImage(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := b.file.mount()
+	m.Target, m.ReadOnly = "/mnt", false
+	left, err := engine.ContainerCreate(ctx, &container.Config{Image: empty, Cmd: []string{"/none"}, Labels: map[string]string{labelHelper: "killed"}},
+		&container.HostConfig{NetworkMode: "none", Mounts: []mount.Mount{m}}, nil, nil, b.file.volume()+"-fill")
+	if err != nil {
+		t.Fatal(err)
+	}
+	half := agentFile{content: b.file.content[:len(b.file.content)/2], hash: b.file.hash}
+	if err := (&Backend{engine: engine, file: half}).copyAgent(ctx, left.ID); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	s := startSandbox(t, b, newSpec(busyboxImage))
+	if got := sh(t, s, "echo here"); got != "here\n" {
+		t.Errorf("%q", got)
+	}
+	if waited := time.Since(began); waited < b.helperAge/2 {
+		t.Errorf("a helper that may be at work was not waited for: %v", waited)
+	}
+	if _, err := engine.ContainerInspect(ctx, left.ID); !errdefs.IsNotFound(err) {
+		t.Errorf("the helper is left: %v", err)
+	}
+	if _, err := engine.ImageInspect(ctx, empty); !errdefs.IsNotFound(err) {
+		t.Errorf("its image is left: %v", err)
+	}
 }
 
 // hiddenVariable makes this test's program look for the way to its agents from where the engine sees no state directory.

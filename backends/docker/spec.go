@@ -97,6 +97,11 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 	if t.Image == "" {
 		return spec, refused("no image is named")
 	}
+	if t.Target != nil {
+		if err := b.checkTarget(t); err != nil {
+			return spec, err
+		}
+	}
 	switch t.PullPolicy {
 	case "", "missing", "always", "never":
 	default:
@@ -113,8 +118,8 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 			return spec, refused("capability %q is not listed (allow_caps)", name)
 		}
 	}
-	if t.Namespace != "" || len(t.Nodes) > 0 || t.Priority != "" {
-		return spec, refused("namespace, nodes and priority are Kubernetes' alone")
+	if t.Namespace != "" || len(t.Nodes) > 0 || t.Priority != "" || len(t.Spread) > 0 || len(t.Pod) > 0 {
+		return spec, refused("namespace, nodes, priority, spread and pod are Kubernetes' alone")
 	}
 	if t.Network != "" && t.Network != "none" {
 		if reason := neverNetwork(t.Network); reason != "" {
@@ -314,7 +319,10 @@ type request struct {
 
 // places are the host paths of one sandbox; or, where the engine sees none of the gate's, the volume that holds the agent,
 // and scratch is a volume, too.
-type places struct{ agent, run, hosts, scratch, volume string }
+type places struct {
+	agent, run, hosts, scratch string
+	volume                     *mount.Mount
+}
 
 // build makes the engine's request of a checked spec. It is pure: the same in, the same out.
 func build(spec backends.Spec, gate, key string, img image.InspectResponse, at places) request {
@@ -369,9 +377,9 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 		},
 		Tmpfs: map[string]string{"/tmp": tmpfs(t, t.TmpSize)},
 	}
-	if at.volume != "" {
+	if at.volume != nil {
 		config.Cmd = append(config.Cmd, "--relay", agent.RelaySocket)
-		host.Mounts = []mount.Mount{readVolume(at.volume, insideDir)}
+		host.Mounts = []mount.Mount{*at.volume}
 	} else {
 		config.Cmd = append(config.Cmd, "--socket", insideRun+"/"+socketName)
 		host.Mounts = []mount.Mount{bind(at.agent, insideAgent, false), bind(at.run, insideRun, false)}
@@ -381,7 +389,7 @@ func build(spec backends.Spec, gate, key string, img image.InspectResponse, at p
 	}
 	taken := map[string]bool{"/tmp": true, home: true}
 	switch {
-	case t.Scratch != "" && at.volume != "":
+	case t.Scratch != "" && at.volume != nil:
 		v := readVolume(at.scratch, home)
 		v.ReadOnly = false
 		host.Mounts = append(host.Mounts, v)

@@ -82,6 +82,8 @@ func TestRefusals(t *testing.T) {
 		{"namespace", config, func(t *backends.Template) { t.Namespace = "x" }, "Kubernetes"},
 		{"node", config, func(t *backends.Template) { t.Nodes = map[string]string{"a": "b"} }, "Kubernetes"},
 		{"priority", config, func(t *backends.Template) { t.Priority = "x" }, "Kubernetes"},
+		{"spread", config, func(t *backends.Template) { t.Spread = []string{"x"} }, "Kubernetes"},
+		{"pod template", config, func(t *backends.Template) { t.Pod = []byte("{}") }, "Kubernetes"},
 		{"config map", config, func(t *backends.Template) {
 			t.Mounts = []backends.Mount{{Type: "configmap", Source: "vol", Target: "/v"}}
 		}, "unknown"},
@@ -224,9 +226,10 @@ func TestBuildRelay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{volume: "agents", scratch: "scratch"})
+	agents := agentFile{hash: strings.Repeat("0123456789abcdef", 4)}.mount()
+	r := build(spec, "gate", "KEY", image.InspectResponse{ID: "sha256:1"}, places{volume: &agents, scratch: "scratch"})
 	for what, ok := range map[string]bool{
-		"agent": len(r.Host.Mounts) == 2 && r.Host.Mounts[0].Type == "volume" && r.Host.Mounts[0].Source == "agents" &&
+		"agent": len(r.Host.Mounts) == 2 && r.Host.Mounts[0].Type == "volume" && r.Host.Mounts[0].Source == "sallyport-agent-0123456789abcdef0123456789abcdef" &&
 			r.Host.Mounts[0].Target == insideDir && r.Host.Mounts[0].ReadOnly && r.Host.Mounts[0].VolumeOptions.NoCopy,
 		"home": r.Host.Mounts[1].Type == "volume" && r.Host.Mounts[1].Source == "scratch" && r.Host.Mounts[1].Target == defaultHome &&
 			!r.Host.Mounts[1].ReadOnly && len(r.Host.Tmpfs) == 1,

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -33,8 +34,10 @@ type sandbox struct {
 	id      string
 	info    backends.Info
 	client  *agent.Client
+	joined  *joining // nil: the sandbox has joined no target
 
-	death chan string // why the container died, once, from the engine's events
+	death chan string            // why the container died, once, from the engine's events
+	exit  atomic.Pointer[string] // the same, for who looks later
 	done  chan struct{}
 	err   error // set before done is closed
 
@@ -70,13 +73,19 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 		return nil, errors.New("docker: the session has a sandbox already")
 	}
 	if err := s.start(ctx, spec); err != nil {
-		err = fmt.Errorf("docker: %w", err)
+		err = fmt.Errorf("docker: %w", s.joinFailed(ctx, err))
+		if ctx.Err() == nil {
+			b.forgetVolume()
+		}
 		if rerr := s.remove(ctx); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
 		return nil, err
 	}
 	go s.watch()
+	if s.joined != nil {
+		go s.watchTarget()
+	}
 	return s, nil
 }
 
@@ -105,10 +114,8 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	var at places
 	var listener *net.UnixListener
 	if b.relay {
-		if err := b.keepVolume(ctx); err != nil {
-			return err
-		}
-		at.volume = b.file.volume()
+		m := b.file.mount()
+		at.volume = &m
 		if t.Scratch != "" {
 			at.scratch = namePrefix + s.session
 			if err := b.makeScratchVolume(ctx, s.session, t.UID, t.GID); err != nil {
@@ -128,25 +135,31 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 		}
 	}
 	r := build(spec, b.gate, base64.StdEncoding.EncodeToString(public), img, at)
-	s.info = backends.Info{Backend: "docker", Image: t.Image, Digest: digest(t.Image, img), Node: b.node, Spec: r}
+	s.info = backends.Info{Backend: "docker", Image: t.Image, Digest: digest(t.Image, img), Node: b.node}
+	if t.Target != nil {
+		if s.joined, err = b.join(ctx, spec); err != nil {
+			return err
+		}
+		defer s.joined.release()
+		s.joined.into(&r)
+		s.info.Joined = s.joined.info()
+	}
+	s.info.Spec = r
 
-	// Creation and start are carried through once begun: a request given up half-way leaves nobody knows what.
-	engineCtx, stop := detached(ctx)
-	defer stop()
-	created, err := b.engine.ContainerCreate(engineCtx, &r.Config, &r.Host, nil, nil, r.Name)
+	err = s.run(ctx, r)
+	if err != nil && b.relay && s.id != "" && ctx.Err() == nil {
+		// Whoever can empty the agent's volume behind the gate's back can do much worse, and may have done this by mistake.
+		if wrote, rerr := b.refillVolume(ctx); rerr != nil {
+			err = errors.Join(err, rerr)
+		} else if wrote {
+			b.log.WarnContext(ctx, "the agent was missing from its volume", "session", s.session, "err", err)
+			if err = b.removeContainer(ctx, s.id); err == nil {
+				err = s.run(ctx, r)
+			}
+		}
+	}
 	if err != nil {
-		b.images.drop(t.Image)
-		return fmt.Errorf("create container: %w", err)
-	}
-	s.id = created.ID
-	for _, w := range created.Warnings {
-		b.log.WarnContext(ctx, "engine", "session", s.session, "warning", w)
-	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	if err := b.engine.ContainerStart(engineCtx, s.id, container.StartOptions{}); err != nil {
-		return fmt.Errorf("start container: %w", err)
+		return err
 	}
 	call := func(ctx context.Context) (net.Conn, error) { return s.answer(ctx, listener) }
 	if b.relay {
@@ -155,6 +168,38 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	return s.reach(ctx, call, private, agent.Hello{
 		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: t.ExecAudit, Reports: spec.Reports,
 	})
+}
+
+// run creates the container and starts it. Both are carried through once begun: a request given up half-way leaves nobody
+// knows what.
+func (s *sandbox) run(ctx context.Context, r request) error {
+	b := s.backend
+	engineCtx, stop := detached(ctx)
+	defer stop()
+	created, err := b.engine.ContainerCreate(engineCtx, &r.Config, &r.Host, nil, nil, r.Name)
+	if err != nil {
+		b.images.drop(s.info.Image)
+		return fmt.Errorf("create container: %w", err)
+	}
+	s.id = created.ID
+	if s.joined != nil {
+		s.joined.release()
+	}
+	for _, w := range created.Warnings {
+		b.log.WarnContext(ctx, "engine", "session", s.session, "warning", w)
+	}
+	if b.relay {
+		if err := b.keepVolume(ctx); err != nil {
+			return err
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := b.engine.ContainerStart(engineCtx, s.id, container.StartOptions{}); err != nil {
+		return fmt.Errorf("start container: %w", err)
+	}
+	return nil
 }
 
 // reach gets the stream to the agent by call and proves the gate to it.
@@ -355,6 +400,7 @@ func (s *sandbox) watch() {
 	case <-s.ended:
 	case <-time.After(deathWait):
 	}
+	s.err = s.targetCause(s.err)
 	if s.err == nil {
 		s.err = errors.New("the sandbox ended")
 	}

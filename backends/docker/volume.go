@@ -33,53 +33,82 @@ const (
 	volumePrefix = "sallyport-agent-"
 
 	labelAgent  = "sallyport.agent"  // of a volume: the agent's SHA-256
+	labelMade   = "sallyport.made"   // of a volume: a random word, by which it is told from another of its name
 	labelHelper = "sallyport.helper" // of a helper and its image: the gate's name
 
 	// helperAge is what no helper reaches that is at work.
-	helperAge = 2 * time.Minute
+	helperAge = time.Minute
 )
 
 func (a agentFile) volume() string { return volumePrefix + a.hash[:32] }
 
-// helper makes a container of that name with one mount at /mnt, and calls use with its ID. Who has the name is alone.
-func (b *Backend) helper(ctx context.Context, name string, m mount.Mount, use func(id string) error) (err error) {
-	ctx, stop := context.WithTimeout(ctx, helperAge)
-	defer stop()
-	empty, err := b.emptyImage(ctx)
-	if err != nil {
-		return fmt.Errorf("make an empty image: %w", err)
+// mount is the agent's volume in a container. Should there be none, the engine makes it when it makes the container,
+// with these labels; if there is one, they change nothing.
+func (a agentFile) mount() mount.Mount {
+	return mount.Mount{
+		Type: mount.TypeVolume, Source: a.volume(), Target: insideDir, ReadOnly: true,
+		VolumeOptions: &mount.VolumeOptions{NoCopy: true, Labels: map[string]string{labelAgent: a.hash, labelMade: rand.Text()}},
 	}
-	defer func() {
-		ctx, stop := detached(ctx)
-		defer stop()
-		if _, rerr := b.engine.ImageRemove(ctx, empty, image.RemoveOptions{Force: true}); rerr != nil && !errdefs.IsNotFound(rerr) {
-			err = errors.Join(err, fmt.Errorf("remove the empty image: %w", rerr))
-		}
-	}()
+}
+
+// helper makes a container of that name with one mount at /mnt, and calls use with its ID. Who has the name is alone.
+func (b *Backend) helper(ctx context.Context, name string, m mount.Mount, use func(ctx context.Context, id string) error) error {
 	m.Target = "/mnt"
 	for {
-		created, err := b.engine.ContainerCreate(ctx,
-			&container.Config{Image: empty, Cmd: []string{"/none"}, NetworkDisabled: true, Labels: map[string]string{labelHelper: b.gate}},
-			&container.HostConfig{NetworkMode: "none", LogConfig: container.LogConfig{Type: "none"}, Mounts: []mount.Mount{m}},
-			nil, nil, name)
+		id, remove, err := b.makeHelper(ctx, name, m)
 		if err == nil {
-			err = use(created.ID)
-			ctx, stop := detached(ctx)
-			defer stop()
-			return errors.Join(err, b.removeContainer(ctx, created.ID))
+			working, done := context.WithTimeout(ctx, b.helperAge)
+			defer done()
+			return errors.Join(use(working, id), remove())
 		}
-		if !errdefs.IsConflict(err) {
+		// Another has the name. The image is made when it is free: whoever waits here with one would find it too old.
+		for errdefs.IsConflict(err) {
+			if rerr := b.removeOldHelpers(ctx); rerr != nil {
+				return rerr
+			}
+			select {
+			case <-ctx.Done():
+				return errors.Join(context.Cause(ctx), err)
+			case <-time.After(100 * time.Millisecond):
+			}
+			if _, ierr := b.engine.ContainerInspect(ctx, name); errdefs.IsNotFound(ierr) {
+				err = nil
+			}
+		}
+		if err != nil {
 			return err
-		}
-		if err := b.removeOldHelpers(ctx); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return errors.Join(context.Cause(ctx), err)
-		case <-time.After(100 * time.Millisecond):
 		}
 	}
+}
+
+// makeHelper makes a helper and its image, and says how to remove them.
+func (b *Backend) makeHelper(ctx context.Context, name string, m mount.Mount) (id string, remove func() error, err error) {
+	empty, err := b.emptyImage(ctx)
+	if err != nil {
+		return "", nil, fmt.Errorf("make an empty image: %w", err)
+	}
+	created, err := b.engine.ContainerCreate(ctx,
+		&container.Config{Image: empty, Cmd: []string{"/none"}, NetworkDisabled: true, Labels: map[string]string{labelHelper: b.gate}},
+		&container.HostConfig{NetworkMode: "none", LogConfig: container.LogConfig{Type: "none"}, Mounts: []mount.Mount{m}},
+		nil, nil, name)
+	remove = func() (err error) {
+		ctx, stop := detached(ctx)
+		defer stop()
+		if created.ID != "" {
+			err = b.removeContainer(ctx, created.ID)
+		}
+		if _, ierr := b.engine.ImageRemove(ctx, empty, image.RemoveOptions{Force: true}); ierr != nil && !errdefs.IsNotFound(ierr) {
+			err = errors.Join(err, fmt.Errorf("remove the empty image: %w", ierr))
+		}
+		return err
+	}
+	if err != nil {
+		if rerr := remove(); rerr != nil {
+			return "", nil, fmt.Errorf("%w; %v", err, rerr)
+		}
+		return "", nil, err
+	}
+	return created.ID, remove, nil
 }
 
 // emptyImage makes an image with nothing in it, so that no other need be there, and gives its ID.
@@ -102,7 +131,15 @@ func (b *Backend) emptyImage(ctx context.Context) (string, error) {
 
 // removeOldHelpers removes what killed gates have left in the middle of their work, whosoever they were.
 func (b *Backend) removeOldHelpers(ctx context.Context) error {
-	old := time.Now().Add(-helperAge).Unix()
+	info, err := b.engine.Info(ctx)
+	if err != nil {
+		return err
+	}
+	now, err := time.Parse(time.RFC3339Nano, info.SystemTime) // the engine's clock, as all times below
+	if err != nil {
+		return fmt.Errorf("the engine's time: %w", err)
+	}
+	old := now.Add(-b.helperAge).Unix()
 	containers, err := b.engine.ContainerList(ctx, container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", labelHelper))})
 	if err != nil {
 		return err
@@ -126,36 +163,54 @@ func (b *Backend) removeOldHelpers(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// fillVolume sees to it that the agent's volume is there and holds the agent.
-func (b *Backend) fillVolume(ctx context.Context) error {
-	name := b.file.volume()
-	if _, err := b.engine.VolumeCreate(ctx, volume.CreateOptions{Name: name, Labels: map[string]string{labelAgent: b.file.hash}}); err != nil {
-		return fmt.Errorf("create volume: %w", err)
-	}
-	m := mount.Mount{Type: mount.TypeVolume, Source: name, VolumeOptions: &mount.VolumeOptions{NoCopy: true}}
-	return b.helper(ctx, name+"-fill", m, func(id string) error {
-		// A gate that was killed may have left a part of it.
-		if b.holdsAgent(ctx, id) == nil {
-			return nil
-		}
-		var packed bytes.Buffer
-		w := tar.NewWriter(&packed)
-		// Readable by nobody, and not the session's own: see installAgent.
-		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: insideName, Mode: 0o111, Size: int64(len(b.file.content))})
-		if err == nil {
-			_, err = w.Write(b.file.content)
-		}
-		if err == nil {
-			err = w.Close()
-		}
+// fillVolume sees to it that the agent's volume is there and holds the agent, and remembers which one that was. It says
+// whether something had to be written.
+func (b *Backend) fillVolume(ctx context.Context) (wrote bool, err error) {
+	m := b.file.mount()
+	m.ReadOnly = false
+	err = b.helper(ctx, b.file.volume()+"-fill", m, func(ctx context.Context, id string) error {
+		// The helper has the volume: nobody can remove it, or put another in its place.
+		made, err := b.volumeMade(ctx)
 		if err != nil {
 			return err
 		}
-		if err := b.engine.CopyToContainer(ctx, id, "/mnt", &packed, container.CopyToContainerOptions{}); err != nil {
-			return fmt.Errorf("copy the agent into its volume: %w", err)
+		// A gate that was killed may have left a part of it.
+		if b.holdsAgent(ctx, id) != nil {
+			wrote = true
+			if err := b.copyAgent(ctx, id); err != nil {
+				return err
+			}
+			if err := b.holdsAgent(ctx, id); err != nil {
+				return err
+			}
 		}
-		return b.holdsAgent(ctx, id)
+		b.mu.Lock()
+		b.filled = made
+		b.mu.Unlock()
+		return nil
 	})
+	return wrote, err
+}
+
+// copyAgent puts the agent into a helper's mount.
+func (b *Backend) copyAgent(ctx context.Context, helper string) error {
+	var packed bytes.Buffer
+	w := tar.NewWriter(&packed)
+	// Readable by nobody, and not the session's own: see installAgent.
+	err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: insideName, Mode: 0o111, Size: int64(len(b.file.content))})
+	if err == nil {
+		_, err = w.Write(b.file.content)
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		return err
+	}
+	if err := b.engine.CopyToContainer(ctx, helper, "/mnt", &packed, container.CopyToContainerOptions{}); err != nil {
+		return fmt.Errorf("copy the agent into its volume: %w", err)
+	}
+	return nil
 }
 
 // holdsAgent says what is wrong with the agent in a helper's mount.
@@ -180,27 +235,64 @@ func (b *Backend) holdsAgent(ctx context.Context, helper string) error {
 	return nil
 }
 
-// keepVolume fills the agent's volume again if it has been removed: by the gate of another version, when no sandbox had it.
-func (b *Backend) keepVolume(ctx context.Context) error {
-	b.filling.Lock()
-	defer b.filling.Unlock()
+// volumeMade gives the word by which the agent's volume is known, "" if it has none.
+func (b *Backend) volumeMade(ctx context.Context) (string, error) {
 	v, err := b.engine.VolumeInspect(ctx, b.file.volume())
-	switch {
-	case errdefs.IsNotFound(err):
-	case err != nil:
-		return fmt.Errorf("find the agent's volume: %w", err)
-	case v.CreatedAt == b.filled:
-		return nil
+	if err != nil {
+		return "", fmt.Errorf("find the agent's volume: %w", err)
 	}
-	if err := b.fillVolume(ctx); err != nil {
+	return v.Labels[labelMade], nil
+}
+
+// keepVolume fills the agent's volume unless it is known to hold the agent. The caller has made a container with it, so
+// it is the one that the container will see: until then the gate of another version may have removed it, as no sandbox
+// had it. One without a word, which others have made, is looked at each time.
+func (b *Backend) keepVolume(ctx context.Context) error {
+	known := func() (bool, error) {
+		made, err := b.volumeMade(ctx)
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return made != "" && made == b.filled, err
+	}
+	if ok, err := known(); ok || err != nil {
 		return err
 	}
-	v, err = b.engine.VolumeInspect(ctx, b.file.volume())
-	if err != nil {
-		return fmt.Errorf("find the agent's volume: %w", err)
+	b.filling.Lock()
+	defer b.filling.Unlock()
+	if ok, err := known(); ok || err != nil {
+		return err // another session has done it
 	}
-	b.filled = v.CreatedAt
-	return nil
+	_, err := b.fillVolume(ctx)
+	return err
+}
+
+// forgetVolume has the next sandbox look into the agent's volume.
+func (b *Backend) forgetVolume() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.filled = ""
+}
+
+// refillVolume looks into the agent's volume whatever is known of it, and says whether it did not hold the agent.
+func (b *Backend) refillVolume(ctx context.Context) (bool, error) {
+	b.filling.Lock()
+	defer b.filling.Unlock()
+	return b.fillVolume(ctx)
+}
+
+// replaceVolume removes the agent's volume if others have made it, it has no word, and nobody uses it.
+func (b *Backend) replaceVolume(ctx context.Context) error {
+	made, err := b.volumeMade(ctx)
+	if errdefs.IsNotFound(err) || err == nil && made != "" {
+		return nil
+	}
+	if err == nil {
+		err = b.engine.VolumeRemove(ctx, b.file.volume(), false)
+	}
+	if errdefs.IsConflict(err) {
+		return nil
+	}
+	return err
 }
 
 // makeScratchVolume makes a home on the engine's disk, which belongs to the uid.
@@ -211,7 +303,7 @@ func (b *Backend) makeScratchVolume(ctx context.Context, session string, uid, gi
 		return err
 	}
 	m := mount.Mount{Type: mount.TypeVolume, Source: name, VolumeOptions: &mount.VolumeOptions{NoCopy: true}}
-	return b.helper(ctx, name+"-scratch", m, func(id string) error {
+	return b.helper(ctx, name+"-scratch", m, func(ctx context.Context, id string) error {
 		var packed bytes.Buffer
 		w := tar.NewWriter(&packed)
 		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: "mnt/", Mode: 0o700, Uid: int(uid), Gid: int(gid)})
@@ -327,7 +419,7 @@ func (b *Backend) shares(ctx context.Context) (shared bool, err error) {
 	if err := os.WriteFile(filepath.Join(dir, "word"), []byte(word), 0o600); err != nil {
 		return false, err
 	}
-	err = b.helper(ctx, namePrefix+"probe-"+rand.Text(), bind(dir, "", false), func(id string) error {
+	err = b.helper(ctx, namePrefix+"probe-"+rand.Text(), bind(dir, "", false), func(ctx context.Context, id string) error {
 		r, _, err := b.engine.CopyFromContainer(ctx, id, "/mnt/word")
 		if errdefs.IsNotFound(err) {
 			return nil

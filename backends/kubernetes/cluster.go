@@ -113,6 +113,7 @@ func (w warnings) HandleWarningHeader(code int, _ string, text string) {
 type listOptions struct {
 	labels, fields string
 	limit          int64
+	next           string // the last answer's Continue
 }
 
 func (k *cluster) client(resource string) *rest.RESTClient {
@@ -142,7 +143,7 @@ var errNoAnswer = errors.New("the API server gave no answer in " + answerWait.St
 func (k *cluster) list(ctx context.Context, ns, resource string, o listOptions, into runtime.Object) error {
 	return asked(ctx, func(ctx context.Context) error {
 		return k.client(resource).Get().NamespaceIfScoped(ns, ns != "").Resource(resource).MaxRetries(tries).VersionedParams(&metav1.ListOptions{
-			LabelSelector: o.labels, FieldSelector: o.fields, Limit: o.limit,
+			LabelSelector: o.labels, FieldSelector: o.fields, Limit: o.limit, Continue: o.next,
 		}, k.params).Do(ctx).Into(into)
 	})
 }
@@ -186,6 +187,22 @@ func (k *cluster) watchPods(ctx context.Context, ns, labels, version string) (wa
 	seconds := int64(watchFor / time.Second)
 	return k.core.Get().NamespaceIfScoped(ns, ns != "").Resource("pods").MaxRetries(0).VersionedParams(&metav1.ListOptions{
 		Watch: true, LabelSelector: labels, ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds,
+	}, k.params).Watch(ctx)
+}
+
+// patch changes a part of an object, by a strategic merge patch.
+func (k *cluster) patch(ctx context.Context, ns, resource, name, part string, patch []byte, into runtime.Object) error {
+	return asked(ctx, func(ctx context.Context) error {
+		return k.client(resource).Patch(types.StrategicMergePatchType).NamespaceIfScoped(ns, ns != "").Resource(resource).Name(name).
+			SubResource(part).MaxRetries(tries).Body(patch).Do(ctx).Into(into)
+	})
+}
+
+// watchOne watches one pod.
+func (k *cluster) watchOne(ctx context.Context, ns, name, version string) (watch.Interface, error) {
+	seconds := int64(watchFor / time.Second)
+	return k.core.Get().NamespaceIfScoped(ns, ns != "").Resource("pods").MaxRetries(0).VersionedParams(&metav1.ListOptions{
+		Watch: true, FieldSelector: "metadata.name=" + name, ResourceVersion: version, TimeoutSeconds: &seconds,
 	}, k.params).Watch(ctx)
 }
 

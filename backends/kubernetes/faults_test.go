@@ -55,7 +55,6 @@ type faulty struct {
 func newFaulty(t *testing.T) *faulty {
 	t.Helper()
 	ns := requireNamespace(t)
-	ctx := context.Background()
 	admin := fixture.cluster.config
 	target, err := url.Parse(admin.Host)
 	if err != nil {
@@ -102,24 +101,7 @@ func newFaulty(t *testing.T) *faulty {
 		utilnet.CloseIdleConnectionsFor(transport)
 	})
 
-	name := "gate-" + strings.ToLower(rand.Text()[:8])
-	put(t, ns, "serviceaccounts", &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}})
-	for path, body := range map[string]string{
-		"roles": `{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"Role","metadata":{"name":"` + name + `"},"rules":[
-			{"apiGroups":[""],"resources":["pods"],"verbs":["create","get","list","watch","delete"]},
-			{"apiGroups":[""],"resources":["pods/exec"],"verbs":["create","get"]},
-			{"apiGroups":[""],"resources":["events"],"verbs":["list"]},
-			{"apiGroups":["networking.k8s.io"],"resources":["networkpolicies"],"verbs":["get","create","update"]}]}`,
-		"rolebindings": `{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"RoleBinding","metadata":{"name":"` + name + `"},
-			"roleRef":{"apiGroup":"rbac.authorization.k8s.io","kind":"Role","name":"` + name + `"},
-			"subjects":[{"kind":"ServiceAccount","name":"` + name + `","namespace":"` + ns + `"}]}`,
-	} {
-		err := fixture.cluster.core.Post().AbsPath("/apis/rbac.authorization.k8s.io/v1/namespaces/"+ns+"/"+path).
-			SetHeader("Content-Type", "application/json").Body([]byte(body)).Do(ctx).Error()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	name := gateAccount(t, ns)
 	dir := t.TempDir()
 	f.token = filepath.Join(dir, "token")
 	f.renew(t, ns, name)
@@ -136,6 +118,30 @@ contexts: [{name: gate, context: {cluster: lab, user: gate}}]
 		t.Fatal(err)
 	}
 	return f
+}
+
+// gateAccount makes a service account that may do in a namespace what docs/kubernetes.md says.
+func gateAccount(t *testing.T, ns string) string {
+	t.Helper()
+	name := "gate-" + strings.ToLower(rand.Text()[:8])
+	put(t, ns, "serviceaccounts", &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}})
+	for path, body := range map[string]string{
+		"roles": `{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"Role","metadata":{"name":"` + name + `"},"rules":[
+			{"apiGroups":[""],"resources":["pods"],"verbs":["create","get","list","watch","delete"]},
+			{"apiGroups":[""],"resources":["pods/exec"],"verbs":["create","get"]},
+			{"apiGroups":[""],"resources":["events"],"verbs":["list"]},
+			{"apiGroups":["networking.k8s.io"],"resources":["networkpolicies"],"verbs":["get","create","update"]}]}`,
+		"rolebindings": `{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"RoleBinding","metadata":{"name":"` + name + `"},
+			"roleRef":{"apiGroup":"rbac.authorization.k8s.io","kind":"Role","name":"` + name + `"},
+			"subjects":[{"kind":"ServiceAccount","name":"` + name + `","namespace":"` + ns + `"}]}`,
+	} {
+		err := fixture.cluster.core.Post().AbsPath("/apis/rbac.authorization.k8s.io/v1/namespaces/"+ns+"/"+path).
+			SetHeader("Content-Type", "application/json").Body([]byte(body)).Do(context.Background()).Error()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return name
 }
 
 // renew writes a new token of the account.

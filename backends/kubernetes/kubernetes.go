@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/sallyport/sallyport/backends"
 )
@@ -42,29 +43,48 @@ type Config struct {
 	// AgentIn are images that carry the agent themselves, as /.sallyport/agent; one may end in *. Default none.
 	AgentIn []string `yaml:"agent_in"`
 
+	// Stream is how the gate reaches the agent: "exec" (default), pods/exec by way of the API server, or "direct", TLS to the pod's
+	// address, which both ends prove keys of the session's for.
+	Stream     string `yaml:"stream"`
+	DirectPort uint16 `yaml:"direct_port"` // of every pod, until its gate has come; default 7420
+	DirectFrom []Peer `yaml:"direct_from"` // where gates are, for the policies that the gate keeps
+
 	// Where and how all pods run.
-	ServiceAccount   string            `yaml:"service_account"`    // its token is never in the pod; default "default"
-	ImagePullSecrets []string          `yaml:"image_pull_secrets"` // by name
-	NodeSelector     map[string]string `yaml:"node_selector"`      // labels of the nodes
-	Tolerations      []Toleration      `yaml:"tolerations"`        // taints of the nodes
-	Runtime          string            `yaml:"runtime"`            // RuntimeClass where a profile names none
-	Priority         string            `yaml:"priority"`           // PriorityClass where a profile names none
-	UserNamespaces   bool              `yaml:"user_namespaces"`    // hostUsers: false; the nodes must be able to
+	ServiceAccount   string   `yaml:"service_account"`    // its token is never in the pod; default "default"
+	ImagePullSecrets []string `yaml:"image_pull_secrets"` // by name
+	// Owner is an object with which the cluster deletes pods: "pod", the gate's own, of the pods' namespace and known by POD_NAME,
+	// POD_NAMESPACE and POD_UID of the environment, or "configmap/NAME", in each namespace. Default none.
+	Owner          string            `yaml:"owner"`
+	NodeSelector   map[string]string `yaml:"node_selector"`   // labels of the nodes
+	Tolerations    []Toleration      `yaml:"tolerations"`     // taints of the nodes
+	Runtime        string            `yaml:"runtime"`         // RuntimeClass where a profile names none
+	Priority       string            `yaml:"priority"`        // PriorityClass where a profile names none
+	UserNamespaces bool              `yaml:"user_namespaces"` // hostUsers: false; the nodes must be able to
 
 	// What a profile may name; default none.
-	Claims      []string           `yaml:"claims"`           // persistent volume claims
-	WriteClaims []string           `yaml:"write_claims"`     // of these, those that may be mounted writable
-	ConfigMaps  []string           `yaml:"config_maps"`      // always read-only
-	Secrets     []string           `yaml:"secrets"`          // always read-only
-	Images      []string           `yaml:"images"`           // images that may be mounted, read-only; one may end in *
-	HostPaths   []string           `yaml:"host_paths"`       // directories of the nodes below which mounts may lie, read-only
-	Runtimes    []string           `yaml:"runtimes"`         // RuntimeClasses
-	Priorities  []string           `yaml:"priorities"`       // PriorityClasses
-	NodeLabels  []string           `yaml:"node_labels"`      // keys that a profile's node selector may have
-	AllowCaps   []string           `yaml:"allow_caps"`       // capabilities, as "NET_RAW"
-	AllowRoot   bool               `yaml:"allow_root"`       // whether uid 0 is permitted
-	Networks    map[string]Network `yaml:"networks"`         // what a profile's network may be
-	PolicyMode  string             `yaml:"network_policies"` // "create" (default): the gate keeps them; "refer": they must be there
+	Claims      []string `yaml:"claims"`       // persistent volume claims
+	WriteClaims []string `yaml:"write_claims"` // of these, those that may be mounted writable
+	ConfigMaps  []string `yaml:"config_maps"`  // always read-only
+	Secrets     []string `yaml:"secrets"`      // always read-only
+	Images      []string `yaml:"images"`       // images that may be mounted, read-only; one may end in *
+	CSI         []string `yaml:"csi"`          // CSI volumes, DRIVER:NAME=VALUE,..., always read-only; one may end in *
+	HostPaths   []string `yaml:"host_paths"`   // directories of the nodes below which mounts may lie, read-only
+	Runtimes    []string `yaml:"runtimes"`     // RuntimeClasses
+	Priorities  []string `yaml:"priorities"`   // PriorityClasses
+	NodeLabels  []string `yaml:"node_labels"`  // keys that a profile's node selector may have
+	AllowCaps   []string `yaml:"allow_caps"`   // capabilities, as "NET_RAW"
+	AllowRoot   bool     `yaml:"allow_root"`   // whether uid 0 is permitted
+	// PodTemplates says whether a profile may bring a pod template. It is judged by all these lists, and by those that follow.
+	PodTemplates   bool     `yaml:"pod_templates"`
+	PodLabels      []string `yaml:"pod_labels"`      // keys that it may add; network policies and services select by labels
+	PodAnnotations []string `yaml:"pod_annotations"` // keys that it may add
+	Taints         []string `yaml:"taints"`          // keys of taints that it may tolerate
+	Containers     []string `yaml:"containers"`      // images of containers that it may add; one may end in *
+	AllowHost      []string `yaml:"allow_host"`      // what of the node's it may share: "network", "ipc"
+
+	Targets    Targets            `yaml:"targets"`          // pods that may be joined; default none
+	Networks   map[string]Network `yaml:"networks"`         // what a profile's network may be
+	PolicyMode string             `yaml:"network_policies"` // "create" (default): the gate keeps them; "refer": they must be there
 
 	Memory     Size    `yaml:"memory"`      // where a profile names none; default 512Mi
 	CPUs       float64 `yaml:"cpus"`        // where a profile names none; default 1
@@ -101,6 +121,13 @@ type Network struct {
 	Egress []Egress `yaml:"egress"`
 }
 
+// Peer is whom a policy lets reach something: one of addresses, or of pods.
+type Peer struct {
+	CIDR      string            `yaml:"cidr"`      // or
+	Namespace map[string]string `yaml:"namespace"` // labels of namespaces, and
+	Pod       map[string]string `yaml:"pod"`       // of pods in them, or in the sandbox's own namespace
+}
+
 // Egress is addresses and ports that may be reached.
 type Egress struct {
 	CIDR      string            `yaml:"cidr"`      // or
@@ -117,6 +144,7 @@ func (c Config) WithDefaults() Config {
 		value string
 	}{
 		{&c.Namespace, "sallyport-sandboxes"}, {&c.AgentImage, "sallyport/agent:1"}, {&c.AgentBy, "init"},
+		{&c.Stream, streamExec},
 		{&c.PolicyMode, "create"}, {&c.ServiceAccount, "default"},
 	} {
 		if *s.at == "" {
@@ -139,6 +167,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.MaxCPUs == 0 {
 		c.MaxCPUs = 8
+	}
+	if c.DirectPort == 0 {
+		c.DirectPort = 7420
 	}
 	if c.MaxPerUser == 0 {
 		c.MaxPerUser = 20
@@ -173,10 +204,53 @@ func (c Config) Validate() error {
 	default:
 		bad("agent_by: %q is none of init, volume", c.AgentBy)
 	}
+	switch c.Stream {
+	case streamExec:
+		if len(c.DirectFrom) > 0 {
+			bad("direct_from: is for stream: direct")
+		}
+	case streamDirect:
+		if c.DirectPort < 1024 {
+			bad("direct_port: %d can't be listened on by a session's user", c.DirectPort)
+		}
+		if c.PolicyMode == "create" && len(c.DirectFrom) == 0 {
+			bad("direct_from: say where the gates are, or no policy lets them reach a sandbox")
+		}
+		if c.PolicyMode == "refer" && len(c.DirectFrom) > 0 {
+			bad("direct_from: the gate writes no policies where network_policies is refer")
+		}
+	default:
+		bad("stream: %q is none of exec, direct", c.Stream)
+	}
+	for _, p := range c.DirectFrom {
+		if err := p.validate(); err != nil {
+			bad("direct_from: %w", err)
+		}
+	}
 	switch c.PolicyMode {
 	case "create", "refer":
 	default:
 		bad("network_policies: %q is none of create, refer", c.PolicyMode)
+	}
+	if err := c.validateOwner(); err != nil {
+		bad("%w", err)
+	}
+	for _, what := range c.AllowHost {
+		switch what {
+		case "network", "ipc":
+		case "pid":
+			bad("allow_host: with the node's processes, the agent would not be the sandbox's first: it can't be permitted")
+		default:
+			bad("allow_host: %q is none of network, ipc", what)
+		}
+	}
+	for _, key := range append(slices.Clone(c.PodLabels), c.PodAnnotations...) {
+		if key == labelManaged || strings.HasPrefix(key, "sallyport.") {
+			bad("pod_labels, pod_annotations: %q is the gate's own", key)
+		}
+	}
+	if !c.PodTemplates && len(c.PodLabels)+len(c.PodAnnotations)+len(c.Taints)+len(c.Containers)+len(c.AllowHost) > 0 {
+		bad("pod_templates: is off, and lists for pod templates are not empty")
 	}
 	for _, p := range c.HostPaths {
 		if !path.IsAbs(p) || path.Clean(p) != p || p == "/" {
@@ -216,6 +290,7 @@ func (c Config) Validate() error {
 			bad("networks.%s.policy: the gate names the policies where network_policies is create", name)
 		}
 	}
+	errs = append(errs, c.Targets.validate()...)
 	if c.Memory < minMemory || c.Memory > c.MaxMemory {
 		bad("memory: must be from %v to max_memory", Size(minMemory))
 	}
@@ -243,15 +318,27 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-func (e Egress) validate() error {
-	selects := len(e.Namespace)+len(e.Pod) > 0
-	if (e.CIDR != "") == selects {
+// How the gate reaches agents.
+const streamExec, streamDirect = "exec", "direct"
+
+func (p Peer) validate() error {
+	selects := len(p.Namespace)+len(p.Pod) > 0
+	if (p.CIDR != "") == selects {
 		return errors.New("write either cidr, or namespace and pod")
 	}
-	if e.CIDR != "" {
-		if p, err := netip.ParsePrefix(e.CIDR); err != nil || p != p.Masked() {
-			return fmt.Errorf("cidr: %q is no network as 192.0.2.0/24", e.CIDR)
+	if p.CIDR != "" {
+		if n, err := netip.ParsePrefix(p.CIDR); err != nil || n != n.Masked() {
+			return fmt.Errorf("cidr: %q is no network as 192.0.2.0/24", p.CIDR)
 		}
+	}
+	return nil
+}
+
+func (e Egress) peer() Peer { return Peer{e.CIDR, e.Namespace, e.Pod} }
+
+func (e Egress) validate() error {
+	if err := e.peer().validate(); err != nil {
+		return err
 	}
 	for _, port := range append(slices.Clone(e.TCP), e.UDP...) {
 		if port < 1 || port > 65535 {
@@ -271,12 +358,15 @@ type Backend struct {
 	log     *slog.Logger
 	cluster *cluster
 
+	ownPod   *metav1.OwnerReference // nil: owns nothing
 	policies policyCache
 	tries    *rate.Limiter // of all starts' attempts to reach an agent
 
 	mu   sync.Mutex          // guards what follows
 	live map[string]*sandbox // by session: from before anything of it exists until all of it is gone
 	used map[slot]bool       // names that sandboxes of this gate have
+
+	guests map[*guest]bool // sandboxes in targets
 }
 
 var _ backends.Backend = (*Backend)(nil)
@@ -299,7 +389,13 @@ func New(ctx context.Context, config Config, gate string, log *slog.Logger) (*Ba
 		config: config, gate: gate, log: log, cluster: c,
 		tries: rate.NewLimiter(triesPerSecond, triesBurst), live: make(map[string]*sandbox), used: make(map[slot]bool),
 	}
-	if err := b.Ready(ctx); err != nil {
+	err = b.Ready(ctx)
+	if err == nil {
+		if err = b.findOwnPod(ctx); err != nil {
+			err = fmt.Errorf("kubernetes: %w", err)
+		}
+	}
+	if err != nil {
 		c.close()
 		return nil, err
 	}
@@ -326,6 +422,9 @@ func (b *Backend) Ready(ctx context.Context) error {
 
 // Transport says how sandboxes are reached.
 func (b *Backend) Transport() (transport, why string) {
+	if b.config.Stream == streamDirect {
+		return "direct", fmt.Sprintf("TLS to port %d of each pod's address; its key is asked for by pods/exec", b.config.DirectPort)
+	}
 	return "relay", "pods/exec by way of the API server, over WebSocket, or SPDY where that does not get through"
 }
 

@@ -22,6 +22,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(inClusterEnv) != "" {
+		os.Exit(inCluster())
+	}
 	code := 0
 	func() {
 		defer fixture.remove()
@@ -49,7 +52,8 @@ type clusterFixture struct {
 	ns      string   // of the sandboxes; Pod Security "restricted" is enforced in it
 }
 
-// busyboxImage has to be on the cluster's nodes, and the agent's image too (images/build agent).
+// busyboxImage has to be on the cluster's nodes, and the agent's image too (images/build agent), or that of
+// SALLYPORT_TEST_AGENT_IMAGE.
 const busyboxImage = "sallyport/busybox:1"
 
 // kubeconfig is the administrator's of a cluster that the tests may use.
@@ -81,11 +85,17 @@ func (f *clusterFixture) setUp() error {
 	return err
 }
 
-func (f *clusterFixture) makeNamespace() (string, error) {
+// glibcImage is one in which this test's program can run.
+const glibcImage = "sallyport/debug:1"
+
+func (f *clusterFixture) makeNamespace() (string, error) { return f.makeNamespaceFor("restricted") }
+
+// makeNamespaceFor makes a namespace in which a level of Pod Security is enforced.
+func (f *clusterFixture) makeNamespaceFor(level string) (string, error) {
 	ctx := context.Background()
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 		Name:   "sallyport-test-" + strings.ToLower(rand.Text()[:8]),
-		Labels: map[string]string{"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/enforce-version": "latest"},
+		Labels: map[string]string{"pod-security.kubernetes.io/enforce": level, "pod-security.kubernetes.io/enforce-version": "latest"},
 	}}
 	if err := f.cluster.create(ctx, "", "namespaces", ns, &corev1.Namespace{}); err != nil {
 		return "", err
@@ -165,7 +175,7 @@ func newBackend(t testing.TB, change func(*Config)) *Backend {
 func newGate(t testing.TB, gate string, change func(*Config)) (*Backend, func()) {
 	t.Helper()
 	requireCluster(t)
-	config := Config{Kubeconfig: kubeconfig(), Namespace: fixture.ns, CPUShare: 0.02}
+	config := Config{Kubeconfig: kubeconfig(), Namespace: fixture.ns, CPUShare: 0.02, AgentImage: os.Getenv("SALLYPORT_TEST_AGENT_IMAGE")}
 	if change != nil {
 		change(&config)
 	}

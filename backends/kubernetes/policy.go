@@ -49,7 +49,7 @@ func (c Config) policyName(network string) string {
 	return "sallyport-" + network
 }
 
-// policyOf makes the policy of a network: nothing comes in, and only what is named is reached.
+// policyOf makes the policy of a network: nothing but the gate comes in, if it dials, and only what is named is reached.
 func policyOf(c Config, ns, network string) *networkingv1.NetworkPolicy {
 	p := &networkingv1.NetworkPolicy{
 		ObjectMeta: metav1.ObjectMeta{Name: c.policyName(network), Namespace: ns, Labels: map[string]string{labelManaged: managed}},
@@ -71,20 +71,33 @@ func policyOf(c Config, ns, network string) *networkingv1.NetworkPolicy {
 			}
 			return a.Port.IntValue() - b.Port.IntValue()
 		})
-		peer := networkingv1.NetworkPolicyPeer{}
-		if e.CIDR != "" {
-			peer.IPBlock = &networkingv1.IPBlock{CIDR: e.CIDR}
-		}
-		if len(e.Namespace) > 0 {
-			peer.NamespaceSelector = &metav1.LabelSelector{MatchLabels: e.Namespace}
-		}
-		if len(e.Pod) > 0 {
-			peer.PodSelector = &metav1.LabelSelector{MatchLabels: e.Pod}
-		}
-		rule.To = []networkingv1.NetworkPolicyPeer{peer}
+		rule.To = []networkingv1.NetworkPolicyPeer{e.peer().policy()}
 		p.Spec.Egress = append(p.Spec.Egress, rule)
 	}
+	if c.Stream == streamDirect {
+		rule := networkingv1.NetworkPolicyIngressRule{Ports: []networkingv1.NetworkPolicyPort{{
+			Protocol: pointer(corev1.ProtocolTCP), Port: pointer(intstr.FromInt32(int32(c.DirectPort))),
+		}}}
+		for _, peer := range c.DirectFrom {
+			rule.From = append(rule.From, peer.policy())
+		}
+		p.Spec.Ingress = append(p.Spec.Ingress, rule)
+	}
 	return p
+}
+
+func (p Peer) policy() networkingv1.NetworkPolicyPeer {
+	var peer networkingv1.NetworkPolicyPeer
+	if p.CIDR != "" {
+		peer.IPBlock = &networkingv1.IPBlock{CIDR: p.CIDR}
+	}
+	if len(p.Namespace) > 0 {
+		peer.NamespaceSelector = &metav1.LabelSelector{MatchLabels: p.Namespace}
+	}
+	if len(p.Pod) > 0 {
+		peer.PodSelector = &metav1.LabelSelector{MatchLabels: p.Pod}
+	}
+	return peer
 }
 
 // ensurePolicy sees to it that the network's policy is there before a pod is.

@@ -12,15 +12,17 @@ import (
 )
 
 const (
-	// reapEvery is the time between looks for what an ended session has left.
-	reapEvery = 30 * time.Second
+	// reapEvery is the time between looks for pods that have finished: what a killed gate leaves is gone after two of them.
+	// Each wholeEvery-th time it is all pods, for those that go on and are nobody's.
+	reapEvery  = 5 * time.Second
+	wholeEvery = 6
 
 	// pendingLimit is the age from which no gate waits for a pod to start, whatever its start_timeout.
 	pendingLimit = 15 * time.Minute
 )
 
 // Run removes what earlier gates of this name and failed removals left, and what any gate's ended sessions did, at once and
-// every 30 s, and hears from the cluster what becomes of the pods, until ctx ends.
+// every 5 s, and hears from the cluster what becomes of the pods, until ctx ends.
 func (b *Backend) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -30,9 +32,13 @@ func (b *Backend) Run(ctx context.Context) {
 	t := time.NewTicker(reapEvery)
 	defer t.Stop()
 	seen := make(map[types.UID]bool)
-	for {
+	for round := 0; ; round++ {
+		fields := finishedPods
+		if round%wholeEvery == 0 {
+			fields = ""
+		}
 		var err error
-		if seen, err = b.reap(ctx, seen); err != nil && ctx.Err() == nil {
+		if seen, err = b.reap(ctx, seen, fields); err != nil && ctx.Err() == nil {
 			b.log.ErrorContext(ctx, "remove leftovers", "error", err)
 		}
 		select {
@@ -45,18 +51,21 @@ func (b *Backend) Run(ctx context.Context) {
 
 // Reap removes every pod of this gate that belongs to no sandbox of this Backend.
 func (b *Backend) Reap(ctx context.Context) error {
-	_, err := b.reap(ctx, nil)
+	_, err := b.reap(ctx, nil, "")
 	return err
 }
 
+// finishedPods selects by what fields of a pod can be asked for.
+const finishedPods = "status.phase!=Pending,status.phase!=Running"
+
 // reap also removes other gates' pods that have finished, and had so before: their own gate may want to know how. It
-// returns those that it saw.
-func (b *Backend) reap(ctx context.Context, before map[types.UID]bool) (map[types.UID]bool, error) {
+// returns those that it saw. It looks at the pods that fields selects.
+func (b *Backend) reap(ctx context.Context, before map[types.UID]bool, fields string) (map[types.UID]bool, error) {
 	seen := make(map[types.UID]bool)
 	var errs []error
 	for _, ns := range b.namespaces() {
 		var pods corev1.PodList
-		if err := b.cluster.list(ctx, ns, "pods", listOptions{labels: labelManaged + "=" + managed}, &pods); err != nil {
+		if err := b.cluster.list(ctx, ns, "pods", listOptions{labels: labelManaged + "=" + managed, fields: fields}, &pods); err != nil {
 			errs = append(errs, err)
 			continue
 		}
@@ -74,12 +83,14 @@ func (b *Backend) reap(ctx context.Context, before map[types.UID]bool) (map[type
 					continue
 				}
 			} else {
-				abandoned := pod.Status.Phase == corev1.PodPending && time.Since(pod.CreationTimestamp.Time) > pendingLimit
-				if !finished(pod) && !abandoned {
-					continue
-				}
-				seen[pod.UID] = true
-				if !before[pod.UID] {
+				switch {
+				case finished(pod):
+					seen[pod.UID] = true
+					if !before[pod.UID] {
+						continue
+					}
+				case pod.Status.Phase == corev1.PodPending && time.Since(pod.CreationTimestamp.Time) > pendingLimit:
+				default:
 					continue
 				}
 			}

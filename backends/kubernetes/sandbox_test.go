@@ -3,6 +3,7 @@ package kubernetes
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -129,6 +130,7 @@ func TestFailures(t *testing.T) {
 		c.HostPaths = []string{"/var"}
 		c.ConfigMaps = []string{"missing"}
 		c.Runtimes = []string{"missing"}
+		c.CSI = []string{"missing.example"}
 	})
 	for _, test := range []struct {
 		name       string
@@ -145,6 +147,9 @@ func TestFailures(t *testing.T) {
 		{"config map not there", func(t *backends.Template) {
 			t.Mounts = []backends.Mount{{Type: "configmap", Source: "missing", Target: "/settings"}}
 		}, "data is not there", "missing"},
+		{"CSI driver not there", func(t *backends.Template) {
+			t.Mounts = []backends.Mount{{Type: "csi", Source: "missing.example", Target: "/data"}}
+		}, "data is not there", "missing.example"},
 		{"runtime class not there", func(t *backends.Template) { t.Runtime = "missing" }, "forbids", "missing"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -242,9 +247,9 @@ func TestReap(t *testing.T) {
 		return nil
 	}
 	// Another gate's pods that live are not touched.
-	seen, err := other.reap(context.Background(), nil)
+	seen, err := other.reap(context.Background(), nil, "")
 	if err == nil {
-		_, err = other.reap(context.Background(), seen)
+		_, err = other.reap(context.Background(), seen, "")
 	}
 	if err != nil || left(dead[0]) == nil || left(dead[1]) == nil {
 		t.Fatalf("another gate's living pods are gone (%v)", err)
@@ -263,9 +268,12 @@ func TestReap(t *testing.T) {
 	}
 	killed.mu.Unlock()
 	waitFor(t, "the first to end", func() bool { p := left(dead[0]); return p != nil && finished(p) })
-	seen, err = other.reap(context.Background(), nil)
+	seen, err = other.reap(context.Background(), nil, finishedPods)
+	if err == nil && !seen[dead[0]] {
+		t.Error("a finished pod is not seen")
+	}
 	if err == nil {
-		_, err = other.reap(context.Background(), seen)
+		_, err = other.reap(context.Background(), seen, finishedPods)
 	}
 	if err != nil || left(dead[0]) != nil {
 		t.Errorf("a finished pod of another gate is still there (%v)", err)
@@ -306,12 +314,7 @@ func TestEnds(t *testing.T) {
 			}
 		}, "is being deleted"},
 		{"evicted", func(t *testing.T, s *sandbox) {
-			body := []byte(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"` + s.at.name + `","namespace":"` + s.at.namespace + `"}}`)
-			err := fixture.cluster.core.Post().Namespace(s.at.namespace).Resource("pods").Name(s.at.name).SubResource("eviction").
-				SetHeader("Content-Type", "application/json").Body(body).Do(ctx).Error()
-			if err != nil {
-				t.Fatal(err)
-			}
+			evict(t, s)
 		}, "was evicted"},
 		{"deadline", func(t *testing.T, s *sandbox) {
 			err := fixture.cluster.core.Patch(types.MergePatchType).Namespace(s.at.namespace).Resource("pods").Name(s.at.name).
@@ -337,6 +340,105 @@ func TestEnds(t *testing.T) {
 			}
 		})
 	}
+}
+
+func evict(t *testing.T, s *sandbox) {
+	t.Helper()
+	body := []byte(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"` + s.at.name + `","namespace":"` + s.at.namespace + `"}}`)
+	err := fixture.cluster.core.Post().Namespace(s.at.namespace).Resource("pods").Name(s.at.name).SubResource("eviction").
+		SetHeader("Content-Type", "application/json").Body(body).Do(context.Background()).Error()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// cordon has a node take no more pods, or take them again.
+func cordon(t *testing.T, node string, on bool) {
+	t.Helper()
+	err := fixture.cluster.core.Patch(types.MergePatchType).Resource("nodes").Name(node).
+		Body(fmt.Appendf(nil, `{"spec":{"unschedulable":%t}}`, on)).Do(context.Background()).Error()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDrained: a user whose node is cleared is told so, and so is who comes while no node takes sandboxes. Afterwards all is
+// as before.
+func TestDrained(t *testing.T) {
+	b := newBackend(t, func(c *Config) { c.ScheduleWait = time.Second })
+	s := startSandbox(t, b, newSpec(busyboxImage))
+	node := s.Info().Node
+	t.Cleanup(func() { cordon(t, node, false) })
+	cordon(t, node, true)
+	evict(t, s)
+	select {
+	case <-s.Done():
+	case <-time.After(time.Minute):
+		t.Fatal("the sandbox has not ended")
+	}
+	if err := s.Err(); err == nil || !strings.Contains(err.Error(), "was evicted: its node is being cleared") {
+		t.Errorf("%v", err)
+	}
+	if err := s.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	ctx, stop := context.WithTimeout(context.Background(), time.Minute)
+	defer stop()
+	var known *backends.TextError
+	if _, err := b.Start(ctx, newSpec(busyboxImage)); !errors.As(err, &known) || !strings.Contains(known.Text, "no room") {
+		t.Errorf("%v", err)
+	}
+	if left := pods(t, fixture.ns, b.ownLabels()); len(left) != 0 {
+		t.Errorf("%d pods are left", len(left))
+	}
+	cordon(t, node, false)
+	sh(t, startSandbox(t, b, newSpec(busyboxImage)), "true")
+}
+
+// TestNamespaceDeleted: sessions end with the namespace that a profile has named, others go on, and who comes later is told.
+func TestNamespaceDeleted(t *testing.T) {
+	requireCluster(t)
+	ns, err := fixture.makeNamespace()
+	if err != nil {
+		t.Fatal(err)
+	}
+	deleted := false
+	remove := func() {
+		if !deleted {
+			deleted = true
+			if err := fixture.removeNamespace(ns); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	t.Cleanup(remove)
+	b := newBackend(t, func(c *Config) { c.Namespaces = []string{ns} })
+	other := startSandbox(t, b, newSpec(busyboxImage))
+	spec := newSpec(busyboxImage)
+	spec.Template.Namespace = ns
+	s := startSandbox(t, b, spec)
+	if !strings.HasPrefix(s.ID(), ns+"/") {
+		t.Errorf("in %s", s.ID())
+	}
+	remove()
+	select {
+	case <-s.Done():
+	case <-time.After(time.Minute):
+		t.Fatal("the sandbox has not ended")
+	}
+	if err := s.Err(); err == nil || !strings.Contains(err.Error(), "deleted") {
+		t.Errorf("%v", err)
+	}
+	if err := s.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	spec = newSpec(busyboxImage)
+	spec.Template.Namespace = ns
+	var known *backends.TextError
+	if _, err := b.Start(context.Background(), spec); !errors.As(err, &known) || !strings.Contains(known.Text, "namespace") {
+		t.Errorf("%v", err)
+	}
+	sh(t, other, "true")
 }
 
 func TestMounts(t *testing.T) {

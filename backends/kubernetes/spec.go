@@ -5,6 +5,7 @@ import (
 	"encoding/base32"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path"
 	"regexp"
@@ -71,6 +72,7 @@ var (
 	dnsLabel       = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 	dnsName        = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
 	labelPattern   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$`)
+	nodeKey        = regexp.MustCompile(`^([a-z0-9][a-z0-9.-]{0,251}/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$`)
 	hostPattern    = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
 )
 
@@ -181,6 +183,11 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 			return spec, refused("node label %q is the operator's (node_selector)", key)
 		}
 	}
+	for _, key := range t.Spread {
+		if !nodeKey.MatchString(key) {
+			return spec, refused("spread: %q is no label's name", key)
+		}
+	}
 	if t.Hostname != "" && !dnsLabel.MatchString(t.Hostname) {
 		return spec, refused("host name %q can't be a pod's", t.Hostname)
 	}
@@ -202,8 +209,30 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 	if err := b.checkMounts(&t); err != nil {
 		return spec, err
 	}
+	if len(t.Pod) > 0 && !b.config.PodTemplates {
+		return spec, refused("pod templates are not permitted (pod_templates)")
+	}
 	spec.Template = t
-	return spec, nil
+	// So that nothing is begun for a template that fails.
+	_, err := b.pod(spec, "", slotOf(t.Namespace, spec.Owner.User, 0), nil)
+	return spec, err
+}
+
+// pod makes the pod of a checked spec, with the profile's template, and judges it.
+func (b *Backend) pod(spec backends.Spec, key string, at slot, owner []metav1.OwnerReference) (*corev1.Pod, error) {
+	plain := build(spec, b.config, b.gate, key, at)
+	plain.OwnerReferences = owner
+	pod := plain
+	if len(spec.Template.Pod) > 0 {
+		var err error
+		if pod, err = apply(plain, spec.Template.Pod); err != nil {
+			return nil, refused("pod template: %v", err)
+		}
+	}
+	if err := b.config.judge(spec.Template, plain, pod); err != nil {
+		return nil, refused("pod: %v", err)
+	}
+	return pod, nil
 }
 
 func (b *Backend) checkLimits(t *backends.Template) error {
@@ -269,24 +298,11 @@ func (b *Backend) checkMounts(t *backends.Template) error {
 	if t.Home == "" {
 		t.Home = defaultHome
 	}
-	taken := []string{"/tmp"}
+	taken := targets{"/tmp": true}
 	target := func(p string) error {
-		if !path.IsAbs(p) || path.Clean(p) != p || strings.ContainsAny(p, ":,\x00\n") {
-			return refused("target %q is not a clean absolute path", p)
+		if err := taken.add(p); err != nil {
+			return refused("%v", err)
 		}
-		for _, special := range []string{insideDir, "/proc", "/sys", "/dev", "/var/run/secrets/kubernetes.io"} {
-			if overlap(p, special) {
-				return refused("target %q is not the profile's to fill", p)
-			}
-		}
-		// What lies in a directory that the session writes could be moved away; and the agent has its socket in /tmp.
-		if below(p, "/tmp") && p != "/tmp" {
-			return refused("target %q lies below /tmp", p)
-		}
-		if slices.Contains(taken, p) {
-			return refused("target %q is mounted twice", p)
-		}
-		taken = append(taken, p)
 		return nil
 	}
 	if err := target(t.Home); err != nil {
@@ -311,6 +327,14 @@ func (b *Backend) checkMounts(t *backends.Template) error {
 		case "image":
 			if !listed(c.Images, m.Source) {
 				return refused("image %q is not listed (images)", m.Source)
+			}
+		case "csi":
+			driver, attributes, err := csiOf(m.Source)
+			if err != nil {
+				return err
+			}
+			if !listed(c.CSI, csiSource(driver, attributes)) {
+				return refused("csi volume %q is not listed (csi)", m.Source)
 			}
 		case "", "bind":
 			if !path.IsAbs(m.Source) || path.Clean(m.Source) != m.Source || strings.ContainsRune(m.Source, 0) {
@@ -341,6 +365,30 @@ func (b *Backend) checkMounts(t *backends.Template) error {
 	return nil
 }
 
+// targets are where things are mounted in a container.
+type targets map[string]bool
+
+// add adds one, if it is there that a profile may mount something.
+func (taken targets) add(p string) error {
+	if !path.IsAbs(p) || path.Clean(p) != p || strings.ContainsAny(p, ":,\x00\n") {
+		return fmt.Errorf("target %q is not a clean absolute path", p)
+	}
+	for _, special := range []string{insideDir, "/proc", "/sys", "/dev", "/var/run/secrets/kubernetes.io"} {
+		if overlap(p, special) {
+			return fmt.Errorf("target %q is not the profile's to fill", p)
+		}
+	}
+	// What lies in a directory that the session writes could be moved away; and the agent has its socket in /tmp.
+	if below(p, "/tmp") && p != "/tmp" {
+		return fmt.Errorf("target %q lies below /tmp", p)
+	}
+	if taken[p] {
+		return fmt.Errorf("target %q is mounted twice", p)
+	}
+	taken[p] = true
+	return nil
+}
+
 // projection is one part of a projected mount.
 type projection struct{ kind, name string }
 
@@ -358,6 +406,40 @@ func projections(m backends.Mount) ([]projection, error) {
 		all = append(all, projection{kind, name})
 	}
 	return all, nil
+}
+
+// csiOf reads the source of a CSI mount: DRIVER, or DRIVER:NAME=VALUE,NAME=VALUE with attributes for the driver.
+func csiOf(source string) (driver string, attributes map[string]string, err error) {
+	driver, list, more := strings.Cut(source, ":")
+	if !dnsName.MatchString(driver) || more && list == "" {
+		return "", nil, refused("csi source %q is not DRIVER or DRIVER:NAME=VALUE,...", source)
+	}
+	for part := range strings.SplitSeq(list, ",") {
+		name, value, ok := strings.Cut(part, "=")
+		if !more {
+			break
+		}
+		if _, twice := attributes[name]; !ok || name == "" || twice {
+			return "", nil, refused("csi source %q is not DRIVER or DRIVER:NAME=VALUE,...", source)
+		}
+		if attributes == nil {
+			attributes = make(map[string]string)
+		}
+		attributes[name] = value
+	}
+	return driver, attributes, nil
+}
+
+// csiSource is a CSI volume in the one way that the list writes it: attributes in the order of their names.
+func csiSource(driver string, attributes map[string]string) string {
+	var list []string
+	for _, name := range slices.Sorted(maps.Keys(attributes)) {
+		list = append(list, name+"="+attributes[name])
+	}
+	if len(list) == 0 {
+		return driver
+	}
+	return driver + ":" + strings.Join(list, ",")
 }
 
 // below says whether p is dir, or lies in it. Both are clean.
@@ -427,6 +509,12 @@ func build(spec backends.Spec, c Config, gate, key string, at slot) *corev1.Pod 
 			Key: t.Key, Operator: corev1.TolerationOperator(t.Operator), Value: t.Value, Effect: corev1.TaintEffect(t.Effect),
 		})
 	}
+	for _, key := range t.Spread {
+		p.TopologySpreadConstraints = append(p.TopologySpreadConstraints, corev1.TopologySpreadConstraint{
+			TopologyKey: key, MaxSkew: 1, WhenUnsatisfiable: corev1.ScheduleAnyway,
+			LabelSelector: &metav1.LabelSelector{MatchLabels: map[string]string{labelManaged: managed}},
+		})
+	}
 	if t.Network == noNetwork {
 		// Nothing can be asked; a resolver that can't be reached would have every look-up wait for its time-outs.
 		p.DNSPolicy = corev1.DNSNone
@@ -459,6 +547,9 @@ func build(spec backends.Spec, c Config, gate, key string, at slot) *corev1.Pod 
 			ReadOnlyRootFilesystem:   &yes,
 			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: capabilities(t.Caps)},
 		},
+	}
+	if c.Stream == streamDirect {
+		main.Args = append(main.Args, "--direct", ":"+strconv.Itoa(int(c.DirectPort)))
 	}
 	if !listed(c.AgentIn, t.Image) {
 		inject(p, &main, c, t)
@@ -524,6 +615,9 @@ func volume(m backends.Mount) corev1.VolumeSource {
 		return corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: m.Source, DefaultMode: &readable}}
 	case "image":
 		return corev1.VolumeSource{Image: &corev1.ImageVolumeSource{Reference: m.Source, PullPolicy: corev1.PullIfNotPresent}}
+	case "csi":
+		driver, attributes, _ := csiOf(m.Source) // checked
+		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: driver, ReadOnly: pointer(true), VolumeAttributes: attributes}}
 	case "projected":
 		v := &corev1.ProjectedVolumeSource{DefaultMode: &readable}
 		parts, _ := projections(m) // checked

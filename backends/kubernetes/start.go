@@ -31,7 +31,9 @@ type sandbox struct {
 	session string
 	info    backends.Info
 	client  *agent.Client
+	pin     agent.Pin // of an agent that is dialled, when it is known
 
+	told  chan struct{}            // closed when digest is set
 	death chan *backends.TextError // why the pod failed or ended, once, as the cluster tells it
 	done  chan struct{}
 	err   error // set before done is closed
@@ -40,30 +42,39 @@ type sandbox struct {
 	at            slot       // empty before a name was tried
 	uid           types.UID  // empty before the pod is known to exist
 	node          string     // empty before the pod is scheduled
+	digest        string     // of the image that runs; empty before the cluster has told
+	asking        int        // how many wait for the digest
 	unschedulable string     // why it can't be scheduled, as far as is known
 	since         time.Time  // that this is so
 
-	closing sync.Mutex // held by the Close that removes
-	gone    bool       // guarded by closing: all is removed
+	closing sync.Mutex    // held by the Close that removes
+	gone    bool          // guarded by closing: all is removed
+	removed chan struct{} // closed when the first attempt to remove it has ended
 	ended   chan struct{}
 	endOnce sync.Once // closes ended: Close was called
+
+	removedOnce sync.Once // closes removed
 }
 
 var (
-	_ backends.Sandbox  = (*sandbox)(nil)
-	_ backends.Dialer   = (*sandbox)(nil)
-	_ backends.Listener = (*sandbox)(nil)
+	_ backends.Sandbox    = (*sandbox)(nil)
+	_ backends.Dialer     = (*sandbox)(nil)
+	_ backends.Listener   = (*sandbox)(nil)
+	_ backends.Identified = (*sandbox)(nil)
 )
 
 // Start implements backends.Backend.
 func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandbox, error) {
+	if spec.Template.Target != nil {
+		return b.startGuest(ctx, spec)
+	}
 	spec, err := b.check(spec)
 	if err != nil {
 		return nil, fmt.Errorf("kubernetes: %w", err)
 	}
 	s := &sandbox{
 		backend: b, session: spec.Owner.Session,
-		death: make(chan *backends.TextError, 1), done: make(chan struct{}), ended: make(chan struct{}),
+		told: make(chan struct{}), death: make(chan *backends.TextError, 1), done: make(chan struct{}), ended: make(chan struct{}), removed: make(chan struct{}),
 	}
 	b.mu.Lock()
 	_, twice := b.live[s.session]
@@ -111,6 +122,9 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	}
 	s.mu.Lock()
 	s.info.Node = s.node
+	if s.info.Digest == "" {
+		s.info.Digest = s.digest
+	}
 	s.mu.Unlock()
 	s.info.ExecAudit = s.client.ExecAudit()
 	return nil
@@ -125,7 +139,7 @@ func failed(what string, err error) error {
 	return err
 }
 
-// pinned is the digest in a reference. Which image a tag was is only told by the cluster after the session has begun.
+// pinned is the digest in a reference. Which image a tag was is told by the cluster, mostly after the session has begun.
 func pinned(reference string) string {
 	if _, digest, ok := strings.Cut(reference, "@"); ok && digest != "" {
 		return reference
@@ -137,6 +151,10 @@ func pinned(reference string) string {
 // the limit holds over all gates.
 func (s *sandbox) create(ctx context.Context, spec backends.Spec, key string) (*corev1.Pod, error) {
 	b := s.backend
+	owner, err := b.ownerIn(ctx, spec.Template.Namespace)
+	if err != nil {
+		return nil, err
+	}
 	// A request given up half-way leaves nobody knows what.
 	detachedCtx, stop := detached(ctx)
 	defer stop()
@@ -159,8 +177,13 @@ func (s *sandbox) create(ctx context.Context, spec backends.Spec, key string) (*
 					continue
 				}
 			}
+			pod, err := b.pod(spec, key, at, owner)
+			if err != nil {
+				s.release()
+				return nil, err
+			}
 			var made corev1.Pod
-			err := b.cluster.create(detachedCtx, at.namespace, "pods", build(spec, b.config, b.gate, key, at), &made)
+			err = b.cluster.create(detachedCtx, at.namespace, "pods", pod, &made)
 			switch {
 			case err == nil:
 				s.mu.Lock()
@@ -322,6 +345,9 @@ func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, he
 	s.mu.Lock()
 	at := s.at
 	s.mu.Unlock()
+	if s.backend.config.Stream == streamDirect {
+		return s.dial(ctx, at, spdy, key, hello)
+	}
 	stream, err := s.backend.cluster.exec(ctx, at, spdy, insideAgent, "relay", "--socket", insideRelay)
 	if err != nil {
 		return nil, err
@@ -335,6 +361,33 @@ func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, he
 		return nil, fmt.Errorf("%w: %w", err, why)
 	}
 	return nil, err
+}
+
+// dial makes one attempt to reach the agent at the pod's address. Its key is asked for first, by way of the API server, and once.
+func (s *sandbox) dial(ctx context.Context, at slot, spdy bool, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
+	if s.pin.Key == nil {
+		stream, err := s.backend.cluster.exec(ctx, at, spdy, insideAgent, "pin", "--socket", insideRelay)
+		if err != nil {
+			return nil, err
+		}
+		stop := context.AfterFunc(ctx, func() { stream.Close() })
+		defer stop()
+		stream.SetDeadline(time.Now().Add(answerWait))
+		pin, err := agent.ReadPin(stream)
+		stream.Close()
+		if err != nil {
+			if why := stream.why(); why != nil && ctx.Err() == nil {
+				return nil, fmt.Errorf("%w: %w", err, why)
+			}
+			return nil, err
+		}
+		s.pin = pin
+	}
+	conn, err := agent.DialDirect(ctx, s.pin, s.backend.config.DirectPort, key)
+	if err != nil {
+		return nil, err
+	}
+	return agent.NewClient(ctx, conn, key, hello)
 }
 
 func (s *sandbox) ID() string {
@@ -409,6 +462,7 @@ func (s *sandbox) watch() {
 func (s *sandbox) Close(ctx context.Context) error {
 	s.endOnce.Do(func() { close(s.ended) })
 	s.client.Close()
+	s.awaitDigest(ctx)
 	err := s.remove(ctx)
 	<-s.done
 	return err
@@ -421,6 +475,7 @@ func (s *sandbox) remove(ctx context.Context) error {
 	if s.gone {
 		return nil
 	}
+	defer s.removedOnce.Do(func() { close(s.removed) })
 	ctx, stop := detached(ctx)
 	defer stop()
 	if s.client != nil {
@@ -447,6 +502,49 @@ func (s *sandbox) remove(ctx context.Context) error {
 	}
 	s.gone = true
 	return nil
+}
+
+// digestWait is how long a pod whose agent has ended is left for somebody to learn which image it had: its kubelet says so up
+// to a second after it has started it, and a session may be shorter.
+const digestWait = 3 * time.Second
+
+// awaitDigest waits, if somebody asks.
+func (s *sandbox) awaitDigest(ctx context.Context) {
+	s.mu.Lock()
+	asked := s.asking > 0
+	s.mu.Unlock()
+	if !asked {
+		return
+	}
+	select {
+	case <-s.told:
+	case <-ctx.Done():
+	case <-time.After(digestWait):
+	}
+}
+
+// Digest implements backends.Identified.
+func (s *sandbox) Digest(ctx context.Context) string {
+	if s.info.Digest != "" {
+		return s.info.Digest
+	}
+	s.mu.Lock()
+	s.asking++
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.asking--
+		s.mu.Unlock()
+	}()
+	select {
+	case <-s.told:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.digest
+	case <-s.removed:
+	case <-ctx.Done():
+	}
+	return ""
 }
 
 // find looks for a pod whose creation was asked for and not answered.

@@ -31,12 +31,17 @@ type stream struct {
 	err   error // why it ended; set before ended is closed
 }
 
-// exec starts a program in the pod's main container (pods/exec). It does not wait for an answer: a stream that could not be
-// had ends at once, and its err says why.
+// exec starts a program in the pod's main container: see execIn.
 func (k *cluster) exec(ctx context.Context, at slot, spdy bool, command ...string) (*stream, error) {
+	return k.execIn(ctx, at, mainContainer, spdy, command...)
+}
+
+// execIn starts a program in a container of the pod's (pods/exec). It does not wait for an answer: a stream that could not be
+// had ends at once, and its err says why.
+func (k *cluster) execIn(ctx context.Context, at slot, container string, spdy bool, command ...string) (*stream, error) {
 	r := k.core.Post().Namespace(at.namespace).Resource("pods").Name(at.name).SubResource("exec").
 		VersionedParams(&corev1.PodExecOptions{
-			Container: mainContainer, Command: command, Stdin: true, Stdout: true, Stderr: true,
+			Container: container, Command: command, Stdin: true, Stdout: true, Stderr: true,
 		}, k.params)
 	var e remotecommand.Executor
 	var err error

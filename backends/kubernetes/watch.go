@@ -124,6 +124,10 @@ func (b *Backend) saw(pod *corev1.Pod, deleted bool) *sandbox {
 	mine := s.at == slot{pod.Namespace, pod.Name} && (s.uid == "" || s.uid == pod.UID)
 	if mine {
 		s.node = pod.Spec.NodeName
+		if id := imageOf(pod); id != "" && s.digest == "" {
+			s.digest = id
+			close(s.told)
+		}
 		if why := unschedulable(pod); why == "" {
 			s.unschedulable = ""
 		} else if s.unschedulable == "" {
@@ -140,6 +144,23 @@ func (b *Backend) saw(pod *corev1.Pod, deleted bool) *sandbox {
 		s.fails(t)
 	}
 	return s
+}
+
+// maxDigest bounds what is taken from a pod's status as a digest.
+const maxDigest = 512
+
+// imageOf is the digest of the image that the session's container runs, as its kubelet says; empty: not known yet.
+func imageOf(pod *corev1.Pod) string {
+	for _, c := range pod.Status.ContainerStatuses {
+		if c.Name == mainContainer && len(c.ImageID) <= maxDigest {
+			_, id, found := strings.Cut(c.ImageID, "://") // the runtime's own way of getting it
+			if !found {
+				id = c.ImageID
+			}
+			return id
+		}
+	}
+	return ""
 }
 
 // dies says that the pod has ended or is about to.

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strings"
 
+	"filippo.io/age"
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport/sallyport/auditlog"
@@ -29,6 +30,11 @@ type tool struct {
 	keyFile string
 	utc     bool
 	noPager bool
+
+	idFiles []string // of -i
+	cache   string   // file of an index that the auditor made
+	ids     []age.Identity
+	unread  unread
 }
 
 // source is a store that is open for reading.
@@ -51,6 +57,8 @@ A bucket is read with a credential from the environment (AWS_ACCESS_KEY_ID, AWS_
 (--credentials-file, AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE). It needs s3:ListBucket on the bucket and s3:GetObject on the
 prefix. AWS_ENDPOINT_URL, AWS_REGION and AWS_CA_BUNDLE are taken where the flags are not given.
 
+A log that is encrypted is read with --identity; list and show say what they can't read. verify needs none.
+
 Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 		Example: `  sallyport-audit list --store /var/lib/sallyport/log
   sallyport-audit show latest
@@ -68,6 +76,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 			}
 			return nil
 		},
+		PersistentPostRunE: func(*cobra.Command, []string) error { return t.unread.err(len(t.idFiles) > 0) },
 	}
 	f := root.PersistentFlags()
 	f.StringVar(&t.store, "store", "", "the logs: a directory, or s3://BUCKET/PREFIX (default $"+storeEnv+")")
@@ -77,14 +86,19 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.StringVar(&t.bucket.CAFile, "ca-file", "", "certificates that may have signed the S3 server's (default $AWS_CA_BUNDLE, or the system's)")
 	f.StringVar(&t.bucket.CredentialsFile, "credentials-file", "", "S3 credential in AWS's format (default: the environment's)")
 	f.StringVar(&t.bucket.Profile, "profile", "", "section of that file (default $AWS_PROFILE, or default)")
+	f.StringVar(&t.bucket.Credentials, "credentials", "", "role: the S3 credential of this machine's or pod's role")
+	f.StringVar(&t.bucket.SSE.KeyFile, "sse-key-file", "", "key of a log that the gate puts with sse.type: customer")
 	f.BoolVar(&t.bucket.Insecure, "insecure", false, "permit an http:// endpoint on another machine")
 	f.StringVarP(&t.output, "output", "o", "table", "table (or text) to read, json to process")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
+	f.StringArrayVarP(&t.idFiles, "identity", "i", nil, "file of the identity that an encrypted log is read with, as of age -i; may be repeated (default $"+identityEnv+")")
+	f.StringVar(&t.cache, "index-cache", "", "file of an index that \"index rebuild\" made, beside the store's own")
 	f.BoolVar(&t.utc, "utc", false, "print, and take, times in UTC, not in the local zone")
 	f.BoolVar(&t.noPager, "no-pager", false, "do not start $PAGER, or less, on a terminal")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
-		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.importCommand(), t.verifyCommand(), t.versionCommand())
+		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.verifyCommand(), t.checkpointCommand(), t.indexCommand(),
+		t.importCommand(), t.versionCommand())
 	return root
 }
 
@@ -134,6 +148,9 @@ func (t *tool) openBucket(url string) (source, error) {
 	cfg.Endpoint = cmp.Or(cfg.Endpoint, os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"))
 	cfg.Region = cmp.Or(cfg.Region, os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION"))
 	cfg.CAFile = cmp.Or(cfg.CAFile, os.Getenv("AWS_CA_BUNDLE"))
+	if cfg.SSE.KeyFile != "" {
+		cfg.SSE.Type = "customer"
+	}
 	return s3.OpenSource(cfg)
 }
 
@@ -159,7 +176,13 @@ func (t *tool) withSession(ctx context.Context, id string, f func(src auditlog.S
 	if err != nil {
 		return err
 	}
-	return f(src, auditlog.NewSessionReader(src, log, keys...))
+	r, err := t.reader(src, log, keys...)
+	if err != nil {
+		return err
+	}
+	err = f(src, r)
+	t.countUnread(r.Report())
+	return err
 }
 
 // find finds one log: by ID, by the start of one, or the session that began last. Logs of the gate itself are found by ID.

@@ -110,8 +110,9 @@ func (t *tool) export(ctx context.Context, id string, o *exportOptions, out io.W
 	}
 	defer l.Close()
 	damaged := false
-	one := func(log auditlog.Stored, _ *summary) error {
+	one := func(log auditlog.Stored, m *summary) error {
 		r := l.reader(log)
+		defer l.count(r, m)
 		var err error
 		switch o.format {
 		case "text":

@@ -203,8 +203,9 @@ func (t *tool) files(ctx context.Context, id string, s *selection, out io.Writer
 	}
 	damaged := false
 	// A session is read once to choose it, and again for its files: they may be more than there is memory for.
-	one := func(log auditlog.Stored, _ *summary) error {
+	one := func(log auditlog.Stored, m *summary) error {
 		r := l.reader(log)
+		defer l.count(r, m)
 		err := t.sessionFiles(ctx, r, s.file, w, out)
 		damaged = damaged || r.Report().State == auditlog.Damaged
 		return err
@@ -321,7 +322,10 @@ func (t *tool) extract(ctx context.Context, id, path string, e extraction, out i
 		return err
 	}
 	records := func(f func(rec auditlog.Record) error) error {
-		r := auditlog.NewSessionReader(src, log, keys...)
+		r, err := t.reader(src, log, keys...)
+		if err != nil {
+			return err
+		}
 		for rec := range r.Records(ctx) {
 			if err := f(rec); err != nil {
 				return err
@@ -330,6 +334,7 @@ func (t *tool) extract(ctx context.Context, id, path string, e extraction, out i
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
+		t.countUnread(r.Report())
 		if r.Report().State == auditlog.Damaged && !e.partial {
 			return errDamaged
 		}

@@ -3,11 +3,8 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"iter"
 	"os"
 	"slices"
@@ -50,17 +47,22 @@ type summary struct {
 	Cause    string           `json:"cause,omitempty"`
 	Imported string           `json:"imported_from,omitempty"` // the format that the log was made from
 	State    auditlog.State   `json:"state"`
-	Report   *auditlog.Report `json:"report,omitempty"` // of a damaged one
+	Indexed  bool             `json:"from_index,omitempty"` // the log was not read
+	Report   *auditlog.Report `json:"report,omitempty"`     // of a damaged one
 
 	hasCommand, hasFile bool // as a selection wants it
 }
 
 func (t *tool) listCommand() *cobra.Command {
 	var s selection
+	noIndex := false
 	c := &cobra.Command{
 		Use: "list [STORE]", Short: "List the sessions", Args: cobra.MaximumNArgs(1),
 		Long: `List the sessions, in the order of the days on which they began. Flags restrict the list; several values of one flag are
-alternatives. The state is that of the log: sealed (whole), interrupted (the gate was killed; whole as far as it came), live, damaged.`,
+alternatives. The state is that of the log: sealed (whole), interrupted (the gate was killed; whole as far as it came), live, damaged.
+
+Of those that are marked "(index)" the log was not read: what is told of them, their state too, is what the gate wrote into its index,
+signed. It has a session's last ticket alone. See --no-index, and verify.`,
 		Example: `  sallyport-audit list /var/lib/sallyport/log
   sallyport-audit list --user alice --since yesterday
   sallyport-audit list --since 2026-03-01 --until 2026-03-31 --ticket 'OPS-*' -o json
@@ -70,19 +72,27 @@ alternatives. The state is that of the log: sealed (whole), interrupted (the gat
 			if err := s.prepare(time.Now(), t.zone()); err != nil {
 				return err
 			}
-			return t.paged(c, func(out io.Writer) error { return t.list(c.Context(), oneOrMany(args), &s, out, c.ErrOrStderr()) })
+			return t.paged(c, func(out io.Writer) error {
+				return t.list(c.Context(), oneOrMany(args), noIndex, &s, out, c.ErrOrStderr())
+			})
 		},
 	}
 	s.flags(c.Flags())
+	c.Flags().BoolVar(&noIndex, "no-index", false, "read every session's log")
 	return c
 }
 
-func (t *tool) list(ctx context.Context, dir string, s *selection, out, stderr io.Writer) error {
+func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection, out, stderr io.Writer) error {
 	l, err := t.openLogs(dir)
 	if err != nil {
 		return err
 	}
 	defer l.Close()
+	if !noIndex {
+		if l.index, err = t.index(ctx, l.source, l.keys, s.after); err != nil {
+			return err
+		}
+	}
 	var w *table
 	if t.output == "text" {
 		w = newTable(out, styleOf(out), 9, "ID", "USER", "TICKET", "SOURCE", "START", "DURATION", "COMMANDS", "BYTES", "ALERTS", "STATE", "CAUSE")
@@ -95,12 +105,16 @@ func (t *tool) list(ctx context.Context, dir string, s *selection, out, stderr i
 		if w == nil {
 			return printJSON(out, m)
 		}
+		state := string(m.State)
+		if m.Indexed {
+			state += fromIndex
+		}
 		commands := fmt.Sprint(len(m.Commands))
 		if len(m.Commands) == 1 {
 			commands = short(clean(m.Commands[0]), 40)
 		}
 		w.row(m.ID, dash(clean(m.User)), dash(clean(m.Ticket)), dash(clean(m.Source)), t.time(m.Start),
-			m.End.Sub(m.Start).Round(time.Second/10).String(), commands, size(m.Input+m.Output), number(m.Alerts), string(m.State), dash(clean(m.Cause)))
+			m.End.Sub(m.Start).Round(time.Second/10).String(), commands, size(m.Input+m.Output), number(m.Alerts), state, dash(clean(m.Cause)))
 		return w.err
 	})
 	if w != nil && err == nil {
@@ -277,148 +291,6 @@ func size(n uint64) string {
 	return fmt.Sprintf("%d GiB", n>>30)
 }
 
-func (t *tool) verifyCommand() *cobra.Command {
-	c := &cobra.Command{
-		Use: "verify [ID | STORE]", Short: "Check chain, hashes, signatures and seal of a session, or of all logs", Args: cobra.MaximumNArgs(1),
-		Long: `Check chain, hashes, signatures and seal of a session, of all logs in a directory or bucket, or of all in --store.
-
-With --key, every signature must be by one of the keys in the file. Without, a log is checked against the key that it
-names itself, and said to be unpinned: that shows damage, but not a forger with a key of his own.
-
-A live log is one that has no last segment yet. That its newest segments were taken away can't be seen from it.`,
-		RunE: func(c *cobra.Command, args []string) error {
-			arg := ""
-			if len(args) > 0 {
-				arg = args[0]
-			}
-			return t.verify(c.Context(), arg, c.OutOrStdout())
-		},
-	}
-	return c
-}
-
-func (t *tool) verify(ctx context.Context, arg string, out io.Writer) error {
-	dir := ""
-	if info, err := os.Stat(arg); strings.HasPrefix(arg, bucketScheme) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
-		dir, arg = arg, ""
-	}
-	src, err := t.open(dir)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	keys, err := t.keys()
-	if err != nil {
-		return err
-	}
-	check := func(log auditlog.Stored) (auditlog.Report, error) {
-		r := auditlog.NewSessionReader(src, log, keys...)
-		rep := r.Verify(ctx)
-		if err := context.Cause(ctx); err != nil {
-			return rep, err
-		}
-		return rep, t.printReport(out, rep)
-	}
-	if arg != "" {
-		log, err := find(ctx, src, arg)
-		if err != nil {
-			return err
-		}
-		rep, err := check(log)
-		if err == nil && rep.State == auditlog.Damaged {
-			err = errDamaged
-		}
-		return err
-	}
-	states := make(map[auditlog.State]int)
-	logs, unpinned := 0, false
-	for log, err := range auditlog.Logs(ctx, src, "") {
-		if err != nil {
-			return err
-		}
-		rep, err := check(log)
-		if err != nil {
-			return err
-		}
-		logs++
-		states[rep.State]++
-		unpinned = unpinned || !rep.Pinned
-	}
-	lost, err := t.duplicates(ctx, src, out)
-	if err != nil {
-		return err
-	}
-	if t.output == "text" {
-		note := ""
-		if unpinned {
-			note = "; keys not pinned: see --key"
-		}
-		fmt.Fprintf(out, "%d logs: %d sealed, %d interrupted, %d live, %d damaged%s\n", logs, states[auditlog.Sealed],
-			states[auditlog.Interrupted], states[auditlog.Live], states[auditlog.Damaged], note)
-	}
-	switch {
-	case states[auditlog.Damaged] > 0 || lost > 0:
-		return errDamaged
-	case logs == 0:
-		return fmt.Errorf("there is no log in %s", orStore(dir, t.store))
-	}
-	return nil
-}
-
-// duplicates compares what a store has kept under other names, as it could not see by what the right one was taken. The same
-// bytes mean that a gate put a segment twice. Others mean that one of the two is not the gate's; their number is returned.
-func (t *tool) duplicates(ctx context.Context, src auditlog.Source, out io.Writer) (differ int, err error) {
-	for o, err := range src.List(ctx, auditlog.DuplicatePrefix) {
-		if err != nil {
-			return differ, err
-		}
-		name, _, err := auditlog.ParseDuplicateName(o.Name)
-		if err != nil {
-			continue // a note: nothing of ours
-		}
-		kept, err := contentHash(ctx, src, o.Name)
-		if err != nil {
-			return differ, err
-		}
-		there, err := contentHash(ctx, src, name)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return differ, err
-		}
-		if err == nil && there == kept {
-			continue
-		}
-		differ++
-		what := "two segments were put under this name: see " + o.Name
-		if err != nil {
-			what = "is gone; it was put twice: see " + o.Name
-		}
-		p := auditlog.Problem{Segment: name, What: what}
-		if t.output == "json" {
-			err = printJSON(out, p)
-		} else {
-			_, err = fmt.Fprintf(out, "%-11s %s\n", auditlog.Damaged, clean(p.String()))
-		}
-		if err != nil {
-			return differ, err
-		}
-	}
-	return differ, context.Cause(ctx)
-}
-
-func contentHash(ctx context.Context, src auditlog.Source, name string) (sum auditlog.Hash, err error) {
-	r, err := src.Open(ctx, name)
-	if err != nil {
-		return sum, err
-	}
-	defer r.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, io.LimitReader(r, auditlog.MaxSegmentBytes+1)); err != nil {
-		return sum, fmt.Errorf("read %s: %w", name, err)
-	}
-	h.Sum(sum[:0])
-	return sum, nil
-}
-
 func orStore(names ...string) string {
 	for _, n := range append(names, os.Getenv(storeEnv)) {
 		if n != "" {
@@ -442,6 +314,9 @@ func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
 	}
 	for _, k := range rep.Keys {
 		key += " " + k
+	}
+	if len(rep.Recipients) > 0 {
+		key += ", encrypted to " + clean(strings.Join(rep.Recipients, ", "))
 	}
 	_, err := fmt.Fprintf(out, "%-11s %s  %d segments, %d records, %s, key %s\n", rep.State, id, rep.Segments, rep.Records,
 		size(uint64(rep.Bytes)), key)

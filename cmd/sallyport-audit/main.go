@@ -49,6 +49,10 @@ func exitCode(err error, stderr io.Writer) int {
 		return exitError
 	}
 	fmt.Fprintln(stderr, "sallyport-audit:", clean(err.Error()))
+	var code *codeError
+	if errors.As(err, &code) {
+		return code.code
+	}
 	return exitError
 }
 

@@ -106,10 +106,11 @@ func (t *tool) play(ctx context.Context, id string, o playOptions, stdin io.Read
 		}
 	}
 	err = p.run(ctx)
+	t.countUnread(p.report)
 	switch {
 	case errors.Is(err, errQuit):
 		return nil
-	case err == nil && p.state == auditlog.Damaged:
+	case err == nil && p.report.State == auditlog.Damaged:
 		return errDamaged
 	}
 	return err
@@ -170,7 +171,7 @@ type player struct {
 	records func(context.Context) *auditlog.SessionReader
 	columns int // of the auditor's terminal; 0: not known
 	rows    int
-	state   auditlog.State
+	report  auditlog.Report
 
 	filter screen.Filter
 	crlf   bool // out is a terminal in raw mode
@@ -245,7 +246,7 @@ func (p *player) pass(ctx context.Context) (again bool, err error) {
 	if err := context.Cause(ctx); err != nil {
 		return false, err
 	}
-	p.state = r.Report().State
+	p.report = r.Report()
 	if p.toText != "" {
 		return false, fmt.Errorf("no command has %q", p.toText)
 	}

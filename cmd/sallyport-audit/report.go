@@ -134,8 +134,8 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 	}
 	head := t.reportHead(id, o)
 	damaged := false
-	full := func(log auditlog.Stored) error {
-		s, err := t.reportSession(ctx, l, log)
+	full := func(log auditlog.Stored, m *summary) error {
+		s, err := t.reportSession(ctx, l, log, m)
 		if err != nil {
 			return err
 		}
@@ -148,7 +148,7 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 			return err
 		}
 		head.Title = cmp.Or(clean(o.title), "Session "+log.Name.ID)
-		if err := errors.Join(w.head(head), full(log), w.end()); err != nil {
+		if err := errors.Join(w.head(head), full(log, nil), w.end()); err != nil {
 			return err
 		}
 	} else {
@@ -182,7 +182,7 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 			return err
 		}
 		if o.details { // read again: a period may have more sessions than memory
-			err := l.summarizeAll(ctx, o.logs(ctx, l.source), &o.selection, func(log auditlog.Stored, _ *summary) error { return full(log) })
+			err := l.summarizeAll(ctx, o.logs(ctx, l.source), &o.selection, full)
 			if err != nil {
 				return err
 			}
@@ -243,7 +243,7 @@ func (t *tool) reportRow(m *summary) reportRow {
 }
 
 // reportSession reads a session in full.
-func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored) (reportSession, error) {
+func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, m *summary) (reportSession, error) {
 	a := newAccount()
 	var s reportSession
 	text := 0
@@ -259,6 +259,7 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored) 
 		s.Lines = append(s.Lines, reportLine{t.clock(line.at), where, clean(line.text)})
 	})
 	r := l.reader(log)
+	defer l.count(r, m)
 	for rec := range r.Records(ctx) {
 		a.add(rec)
 		if !s.LinesCut {

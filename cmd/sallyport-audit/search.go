@@ -141,7 +141,10 @@ func (t *tool) search(ctx context.Context, match func(string) (int, int), o *sea
 		most = min(most, o.limit)
 	}
 	err = each(ctx, counted(l.chosen(ctx, o.id, &o.selection), &begun, p), func(ctx context.Context, log auditlog.Stored) searched {
-		return searchLog(ctx, l.reader(log), match, o, most)
+		r := l.reader(log)
+		s := searchLog(ctx, r, match, o, most)
+		t.countUnread(r.Report())
+		return s
 	}, func(s searched) error {
 		damaged = damaged || s.damaged
 		for _, h := range s.hits {

@@ -207,6 +207,19 @@ func (s *selection) watch(m *summary, rec auditlog.Record) {
 	}
 }
 
+// indexed gives what an index has of a session; enough says that it answers the selection. An index has no arguments of programs,
+// and lists of bounded length.
+func (s *selection) indexed(e auditlog.Entry) (m *summary, enough bool) {
+	one := indexedSummary(e)
+	has := func(list []string, pattern string) bool {
+		return slices.ContainsFunc(list, func(v string) bool { return contains(pattern, v) })
+	}
+	one.hasCommand = s.command != "" && (has(e.Commands, s.command) || has(e.Names, s.command))
+	one.hasFile = s.file != "" && has(e.Paths, s.file)
+	unknown := s.command != "" && !one.hasCommand && (e.More || e.Programs > 0) || s.file != "" && !one.hasFile && e.More
+	return &one, !unknown || e.Clear
+}
+
 // commandTexts are the texts of a record that say what was, or was to be, executed.
 func commandTexts(rec auditlog.Record) []string {
 	switch b := rec.Body.(type) {

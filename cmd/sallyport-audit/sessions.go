@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"filippo.io/age"
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport/sallyport/auditlog"
@@ -17,10 +18,13 @@ import (
 // together shall stay under 200 MiB.
 const jobs = 4
 
-// logs is a store that is open, with the keys that may have signed what is in it.
+// logs is a store that is open, with the keys that may have signed what is in it, and those that it can be decrypted with.
 type logs struct {
 	source
-	keys []ed25519.PublicKey
+	t     *tool
+	keys  []ed25519.PublicKey
+	ids   []age.Identity
+	index *auditlog.Index // nil: logs are read, whatever the store's index has
 }
 
 // openLogs opens the store at, or that of the flags if that is empty.
@@ -29,16 +33,39 @@ func (t *tool) openLogs(at string) (*logs, error) {
 	if err != nil {
 		return nil, err
 	}
-	keys, err := t.keys()
+	l := &logs{source: src, t: t}
+	if l.keys, err = t.keys(); err == nil {
+		l.ids, err = t.identities()
+	}
 	if err != nil {
 		return nil, errors.Join(err, src.Close())
 	}
-	return &logs{source: src, keys: keys}, nil
+	return l, nil
 }
 
 // reader reads a log from its start.
 func (l *logs) reader(log auditlog.Stored) *auditlog.SessionReader {
-	return auditlog.NewSessionReader(l.source, log, l.keys...)
+	r := auditlog.NewSessionReader(l.source, log, l.keys...)
+	r.Decrypt(l.ids...)
+	return r
+}
+
+// summary gives what a list shows of a session: what the index has, if that is enough for the selection, or else what the log says.
+func (l *logs) summary(ctx context.Context, log auditlog.Stored, s *selection) *summary {
+	if l.index != nil {
+		if e, ok := l.index.Entry(log); ok {
+			if m, enough := s.indexed(e); enough {
+				if e.Clear {
+					l.t.countUnread(auditlog.Report{Unread: e.Records})
+				}
+				return m
+			}
+		}
+	}
+	r := l.reader(log)
+	m := summarize(ctx, r, s)
+	l.t.countUnread(r.Report())
+	return m
 }
 
 // zone is where times without a zone are meant, and printed.
@@ -125,7 +152,7 @@ func (l *logs) summarizeAll(ctx context.Context, all iter.Seq2[auditlog.Stored, 
 	}
 	n := 0
 	err := each(ctx, all, func(ctx context.Context, log auditlog.Stored) found {
-		return found{log, summarize(ctx, l.reader(log), s)}
+		return found{log, l.summary(ctx, log, s)}
 	}, func(f found) error {
 		if !s.match(f.sum) {
 			return nil
@@ -142,6 +169,13 @@ func (l *logs) summarizeAll(ctx context.Context, all iter.Seq2[auditlog.Stored, 
 		return nil
 	}
 	return err
+}
+
+// count takes note of what of a log could not be read for want of an identity; not again, if that was done when it was chosen.
+func (l *logs) count(r *auditlog.SessionReader, chosen *summary) {
+	if chosen == nil {
+		l.t.countUnread(r.Report())
+	}
 }
 
 // oneOrMany is what commands say that take a session, or a selection of them.

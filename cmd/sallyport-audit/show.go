@@ -300,9 +300,11 @@ func (t *tool) moments(a *account) (all []moment, cut int) {
 		}
 		cut += p.cut
 	}
+	told := false
 	for _, rec := range a.events {
 		add(rec.Time, byGate, 0, func(w *textWriter) { t.tellEvent(w, rec) })
-		if b, ok := rec.Body.(*auditlog.Sandbox); ok && b.Error == "" && (b.ExecAudit == "" || strings.HasPrefix(b.ExecAudit, "off")) {
+		if b, ok := rec.Body.(*auditlog.Sandbox); ok && !told && b.Error == "" && (b.ExecAudit == "" || strings.HasPrefix(b.ExecAudit, "off")) {
+			told = true // a second record of the same sandbox has its image's digest
 			add(rec.Time, byNobody, 0, func(w *textWriter) { w.field("programs", "not known: exec audit "+cmp.Or(b.ExecAudit, "off")) })
 		}
 	}
@@ -376,6 +378,13 @@ func (t *tool) tellEvent(w *textWriter, rec auditlog.Record) {
 			took = "started in " + b.Took.Round(time.Millisecond).String()
 		}
 		w.field("sandbox", b.Backend, b.ID, labelled("image", b.Image), b.Digest, labelled("on", b.Node), took, labelled("exec audit", b.ExecAudit), labelled("failed:", b.Error))
+		if b.Target != "" {
+			w.field("target", b.Target, labelled("container", b.TargetContainer), labelled("image", b.TargetImage), b.TargetDigest,
+				labelled("ID", b.TargetID), labelled("joined:", strings.Join(b.Joined, " ")))
+			for _, text := range b.Weaker {
+				w.field("weaker", text)
+			}
+		}
 	case *auditlog.Request:
 		w.field("request", b.Type, b.Name, labelled("at", b.Value), answer(b.OK), b.Reason)
 	case *auditlog.Forward:

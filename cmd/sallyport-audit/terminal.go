@@ -48,7 +48,7 @@ func (s style) mark(text string) string { return s.code("1;31", text) }
 
 // state colours a log's state.
 func (s style) state(text string) string {
-	switch auditlog.State(text) {
+	switch auditlog.State(strings.TrimSuffix(text, fromIndex)) {
 	case auditlog.Sealed:
 		return s.code("32", text)
 	case auditlog.Damaged:

@@ -8,11 +8,11 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/s3"
 	"github.com/sallyport/sallyport/authz"
 	"github.com/sallyport/sallyport/config"
@@ -90,11 +90,15 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	if say(cfg.Backend, err) {
 		fmt.Fprintf(out, "%-10s note: %s\n", cfg.Backend, way)
 	}
-	_, err = auditlog.LoadKey(cfg.Audit.Key)
+	_, err = logSigner(cfg.Audit, false)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil // as the host keys
 	}
 	say("log key", err)
+	to, err := cfg.Audit.Config.RecipientTypes()
+	if say("log", err) && len(to) > 0 {
+		fmt.Fprintf(out, "%-10s note: encrypted to %s\n", "log", strings.Join(to, ", "))
+	}
 	store, err := openStore(cfg.Audit.Store, quiet)
 	if bucket, ok := store.(*s3.Store); ok && err == nil {
 		err = bucket.Check(ctx, cfg.Gate)

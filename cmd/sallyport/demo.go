@@ -408,7 +408,7 @@ func (d *demo) prove(ctx context.Context) error {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	for _, args := range [][]string{{"show", "latest"}, {"verify", "latest"}} {
+	for _, args := range [][]string{{"show", "latest"}, {"verify", "--quiet", "--key", d.path("state", "log.key.pub")}} {
 		if err := run("", append([]string{d.path("bin", "sallyport-audit"), "--store", d.path("log")}, args...)); err != nil {
 			return err
 		}

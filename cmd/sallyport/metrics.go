@@ -10,6 +10,7 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/authz"
 )
 
 const (
@@ -58,6 +59,18 @@ func (m auditMetrics) Collect(ch chan<- prometheus.Metric) {
 	} {
 		ch <- prometheus.MustNewConstMetric(v.desc, v.kind, v.value)
 	}
+}
+
+// policyMetric is 1 while a file of policy or data is not in use as it is on disk.
+func policyMetric(policy *authz.Engine) prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sallyport_policy_error", Help: "1 while a file of policy or data is not in use as it is on disk, else 0.",
+	}, func() float64 {
+		if policy.Ready() != nil {
+			return 1
+		}
+		return 0
+	})
 }
 
 // storeNote says, in a line for readiness, that the store is behind; "" if it is not. Sessions go on meanwhile.

@@ -94,7 +94,12 @@ Exit status: 0 admitted, 1 refused or no decision, 2 wrong usage.`,
 			}
 			in := authz.LoginInput{User: user, Choice: choice, Source: from, Key: k, ClientVersion: "SSH-2.0-sallyport",
 				Gate: "policy-eval"}
-			x, err := engine.Explain(c.Context(), in, now)
+			var x authz.Explanation
+			answer, _, err := authz.Choose(in, func(in authz.LoginInput) (authz.Login, error) {
+				x, err = engine.Explain(c.Context(), in, now)
+				return x.Login, err
+			})
+			x.Login = answer
 			if err != nil {
 				return err
 			}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -21,7 +20,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport/sallyport/auditlog"
@@ -122,25 +120,30 @@ func serve(ctx context.Context, cfg config.Config, stderr io.Writer) (err error)
 	if err != nil {
 		return err
 	}
-	registry.MustRegister(server, auditMetrics{audit})
+	registry.MustRegister(server, auditMetrics{audit}, policyMetric(policy))
 	if limits := cfg.Audit.Store.Prune; limits.Enabled() {
 		stopPruning := background(func(ctx context.Context) { prune(ctx, cfg.Audit.Store.Directory, limits, audit, log) })
 		defer stopPruning()
 	}
 
 	var draining atomic.Bool
-	ready := func(ctx context.Context) error {
-		if draining.Load() {
-			return errors.New("draining")
-		}
-		return errors.Join(named("policy", policy.Ready()), named(cfg.Backend, backend.Ready(ctx)), named("audit", audit.Ready()))
+	ready := []readiness{
+		{"drain", func(context.Context) error {
+			if draining.Load() {
+				return errors.New("under way")
+			}
+			return nil
+		}},
+		{"policy", func(context.Context) error { return policy.Ready() }},
+		{cfg.Backend, backend.Ready},
+		{"audit", func(context.Context) error { return audit.Ready() }},
 	}
 	stopMonitor, err := monitor(cfg.Monitor.Listen, registry, ready, func() string { return storeNote(audit) }, log)
 	if err != nil {
 		return err
 	}
 	defer stopMonitor()
-	stopAdmin, err := admin(cfg.Admin.Socket, server, policy, log)
+	stopAdmin, err := admin(cfg.Admin.Socket, server, backend, policy, log)
 	if err != nil {
 		return err
 	}
@@ -199,13 +202,6 @@ func background(f func(context.Context)) (stop func()) {
 	return func() { cancel(); <-done }
 }
 
-func named(what string, err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("%s: %w", what, err)
-}
-
 var errStateInUse = errors.New("another gate uses the state directory")
 
 // lockState sees to it that one gate has a state directory.
@@ -225,27 +221,38 @@ func lockState(dir string) (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
+// instanceID is the length of the random part of an instance's name.
+const instanceID = 10
+
 // instanceName tells this gate's sandboxes from every other gate's on the engine or cluster, also from one of the same name: the
 // name and a random number that stays in the state directory.
 func instanceName(cfg config.Config) (string, error) {
 	file := filepath.Join(cfg.State, "instance")
 	b, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
-		b = []byte(strings.ToLower(rand.Text()[:10]) + "\n")
+		b = []byte(strings.ToLower(rand.Text()[:instanceID]) + "\n")
 		err = os.WriteFile(file, b, 0o600)
 	}
 	if err != nil {
 		return "", fmt.Errorf("state: %w", err)
 	}
 	id := strings.TrimSpace(string(b))
-	if len(id) != 10 {
+	if len(id) != instanceID {
 		return "", fmt.Errorf("state: %s is damaged: remove it, and this gate's sandboxes (label sallyport.server)", file)
 	}
 	return cfg.Gate + "-" + id, nil
 }
 
+// gateOf is the gate's name in an instance's.
+func gateOf(instance string) string {
+	if n := len(instance) - instanceID - 1; n > 0 && instance[n] == '-' {
+		return instance[:n]
+	}
+	return instance
+}
+
 func openLog(ctx context.Context, cfg config.Config, log *slog.Logger) (*auditlog.Log, error) {
-	key, err := logKey(cfg.Audit.Key)
+	key, err := logSigner(cfg.Audit, true)
 	if err != nil {
 		return nil, err
 	}
@@ -262,39 +269,6 @@ func openStore(cfg config.Store, log *slog.Logger) (auditlog.Store, error) {
 		return s3.NewStore(*cfg.S3, log)
 	}
 	return file.NewStore(cfg.Directory)
-}
-
-// logKey loads the key that signs the log, and makes it at the first start.
-func logKey(name string) (ed25519.PrivateKey, error) {
-	key, err := auditlog.LoadKey(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return auditlog.CreateKey(name)
-	}
-	return key, err
-}
-
-// monitor serves health and metrics on a listener of its own. What note says is shown by a gate that is ready all the same.
-func monitor(addr string, registry *prometheus.Registry, ready func(context.Context) error, note func() string, log *slog.Logger) (stop func(), err error) {
-	if addr == "" {
-		return func() {}, nil
-	}
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("monitor: %w", err)
-	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
-		defer cancel()
-		if err := ready(ctx); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		io.WriteString(w, "ok\n"+note())
-	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	return serveHTTP(l, mux, log, "monitor"), nil
 }
 
 // serveHTTP serves until the function it returns is called.

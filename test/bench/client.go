@@ -84,6 +84,17 @@ func newClient(b *bench) (*sshClient, error) {
 	return c, nil
 }
 
+// know adds a target's host key.
+func (c *sshClient) know(t *target, pub string) error {
+	f, err := os.OpenFile(c.known, os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	host, port, _ := net.SplitHostPort(t.addr)
+	_, err = fmt.Fprintf(f, "[%s]:%s %s\n", host, port, strings.TrimSpace(pub))
+	return errors.Join(err, f.Close())
+}
+
 // options are those of ssh and sftp alike.
 func (c *sshClient) options(t *target, cipher string) []string {
 	_, port, _ := net.SplitHostPort(t.addr)

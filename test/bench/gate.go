@@ -235,6 +235,23 @@ func (g *gate) settle(ctx context.Context, b *bench) error {
 	}
 }
 
+// stored waits until every session's log has reached the store.
+func (g *gate) stored(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, restWait)
+	defer cancel()
+	for {
+		waiting, err := g.spooled()
+		if err != nil || waiting == 0 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("after %v, %d segments are not stored", restWait, waiting)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
 // spooled counts the segments of sessions in the spool. The gate's own log has a dash in its ID and is never done.
 func (g *gate) spooled() (int, error) {
 	entries, err := os.ReadDir(filepath.Join(g.state, "spool"))

@@ -6,6 +6,8 @@
 //	gate.go     the measured gates, with the demo's configuration
 //	sshd.go     the sshd beside them
 //	engine.go   the bare container
+//	kubernetes.go  the gate on a cluster, the bare pod, kubectl
+//	cluster.go  what is measured on the cluster
 //	client.go   OpenSSH's client, and one in Go that tells the phases apart
 //	cases.go    what is measured
 //	report.go   samples, tables, the document
@@ -41,6 +43,11 @@ type options struct {
 	image  string
 	dir    string
 	list   bool
+
+	kubeconfig string
+	kubectl    string
+	agentImage string
+	carried    string
 }
 
 func main() {
@@ -67,6 +74,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&flows, "flows", "", "of transfer, measure those whose name matches, as in \"text up\"")
 	f.BoolVar(&o.quick, "quick", false, "one round, small sizes: shows that it works, measures nothing")
 	f.BoolVar(&o.write, "write", false, "write "+document+" with the result")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "of the cluster for the cluster's cases; without it they are left out")
+	f.StringVar(&o.kubectl, "kubectl", "kubectl", "kubectl and its first arguments")
+	f.StringVar(&o.agentImage, "agent-image", "sallyport/agent:1", "the image that brings the agent to the cluster's pods")
+	f.StringVar(&o.carried, "carried", "sallyport/debug-agent:1", "on the cluster, the sandbox's image with the agent in it")
 	f.BoolVar(&o.list, "list", false, "list the cases")
 	f.StringVar(&o.bin, "bin", "bin", "directory of the binaries to measure")
 	f.StringVar(&o.image, "image", "sallyport/debug:1", "the sandbox's image; it needs bash, cat, wc and true")
@@ -82,6 +93,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if o.write && (o.quick || only != "" || flows != "") {
 		return o, errors.New("-write is for a whole run: without -quick, -only and -flows")
+	}
+	if o.write && o.kubeconfig == "" {
+		return o, errors.New("-write is for a whole run: with -kubeconfig")
 	}
 	var err error
 	if o.flows, err = regexp.Compile(flows); err != nil {
@@ -112,6 +126,9 @@ func cases() []oneCase {
 		{"audit", "what executed programs take with their audit and without it", caseAudit},
 		{"decision", "one decision of the policy, few grants and many", caseDecision},
 		{"idle", "memory, goroutines and descriptors by number of idle sessions", caseIdle},
+		{"cluster", "on Kubernetes: a whole `ssh target true`, kubectl run, and what the cluster alone would", caseCluster},
+		{"cluster-transfer", "on Kubernetes: bytes through one program, both ways, beside kubectl exec", caseClusterTransfer},
+		{"cluster-idle", "on Kubernetes: memory and requests to the API server by number of idle sessions", caseClusterIdle},
 	}
 }
 
@@ -127,13 +144,22 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		return nil
 	}
 	var wanted []oneCase
+	onCluster := false
 	for _, c := range cases() {
-		if o.only.MatchString(c.name) {
-			wanted = append(wanted, c)
+		if !o.only.MatchString(c.name) {
+			continue
 		}
+		if strings.HasPrefix(c.name, "cluster") {
+			if o.kubeconfig == "" {
+				fmt.Fprintf(stderr, "==> NOT MEASURED: %s (no -kubeconfig)\n", c.name)
+				continue
+			}
+			onCluster = true
+		}
+		wanted = append(wanted, c)
 	}
 	if len(wanted) == 0 {
-		return errors.New("-only matches no case: see -list")
+		return errors.New("nothing to measure: see -list")
 	}
 	b := &bench{options: o, sizes: full, report: &report{quick: o.quick}, progress: stderr}
 	if o.quick {
@@ -142,6 +168,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	defer func() { err = errors.Join(err, b.close()) }()
 	if err := b.setUp(ctx); err != nil {
 		return fmt.Errorf("set up: %w", err)
+	}
+	if onCluster {
+		if err := b.setUpCluster(ctx); err != nil {
+			return fmt.Errorf("set up the cluster: %w", err)
+		}
 	}
 	for _, c := range wanted {
 		b.say("%s: %s (load %s)", c.name, c.what, load())
@@ -176,13 +207,16 @@ type sizes struct {
 	idle     []int // sessions
 	grants   []int
 	decision int // asked
+
+	stream int64         // bytes of a transfer on the cluster
+	watch  time.Duration // how long requests of idle sessions are counted
 }
 
 var (
 	full = sizes{bulk: 1 << 30, content: 256 << 20, file: 1 << 30, keys: 40, burst: 50, idle: []int{0, 20, 100},
-		grants: []int{10, 100_000}, decision: 2000}
+		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 3 * time.Minute}
 	small = sizes{bulk: 32 << 20, content: 16 << 20, file: 16 << 20, keys: 5, burst: 4, idle: []int{0, 2, 4},
-		grants: []int{10, 1000}, decision: 50}
+		grants: []int{10, 1000}, decision: 50, stream: 8 << 20, watch: 5 * time.Second}
 )
 
 // bench is one run. What it made is undone by close, in reverse order.
@@ -192,14 +226,16 @@ type bench struct {
 	report   *report
 	progress io.Writer
 
-	root    string // of all files of this run
-	memory  string // directory whose files cost no disk
-	client  *sshClient
-	engine  *engine
-	sshd    *sshd
-	gate    *gate
-	off     *gate // with audit.data: none
-	cleanUp []func() error
+	root      string // of all files of this run
+	memory    string // directory whose files cost no disk
+	client    *sshClient
+	engine    *engine
+	sshd      *sshd
+	gate      *gate
+	off       *gate // with audit.data: none
+	cluster   *cluster
+	onCluster *gate
+	cleanUp   []func() error
 }
 
 func (b *bench) later(f func() error) { b.cleanUp = append(b.cleanUp, f) }

@@ -198,6 +198,9 @@ its log.
 - **sshd** has PAM off; its user is the one who runs the benchmark. It isolates nothing: it is the floor for SSH.
 - **Bare Docker** creates and starts a container of the same shape as the gate's, with ` + "`true`" + ` as its program,
   and waits for its end.
+- **On Kubernetes** is a gate with the configuration that ` + "`make demo BACKEND=kubernetes`" + ` writes, on the cluster of
+  ` + "`KUBECONFIG` or, without one, on that of `build/cluster`" + `, whose one node is this machine. Its profiles mount nothing. The floor is a session's own
+  pod made once more, init container included, without a gate.
 - The client is OpenSSH's for all, same key, same key exchange (curve25519-sha256), same cipher; phases and echo are told
   by a client in Go. Transfers run on a connection that is there already, so a login's time is not in them.
 - Client, servers and sandboxes share the machine's processors; figures are for comparison within this page.

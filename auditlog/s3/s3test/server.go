@@ -55,12 +55,22 @@ var ErrNoBinary = errors.New(BinaryEnv + " names no versitygw (make test builds 
 type Server struct {
 	binary, dir, addr string
 	roots             *x509.CertPool // what has signed its certificate; nil: it speaks no TLS
+	locked            bool           // objects are versioned and may be locked
+	domain            string         // below which buckets are hosts; "": none
 	cmd               *exec.Cmd
 	gone              chan struct{}
 }
 
 // Start starts a server whose data lie in dir, and makes bucket and users. Stop it.
-func Start(dir string) (*Server, error) { return start(dir, nil) }
+func Start(dir string) (*Server, error) { return start(&Server{dir: dir}) }
+
+// StartLocked starts one whose bucket has versions and object lock.
+func StartLocked(dir string) (*Server, error) { return start(&Server{dir: dir, locked: true}) }
+
+// StartDomain starts one whose buckets are hosts below a domain as well: BUCKET.DOMAIN.
+func StartDomain(dir, domain string) (*Server, error) {
+	return start(&Server{dir: dir, domain: domain})
+}
 
 // StartTLS starts one that speaks TLS, with a certificate for 127.0.0.1 of an authority made for it; see CAFile.
 func StartTLS(dir string) (*Server, error) {
@@ -71,10 +81,10 @@ func StartTLS(dir string) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("certify: %w", err)
 	}
-	return start(dir, roots)
+	return start(&Server{dir: dir, roots: roots})
 }
 
-func start(dir string, roots *x509.CertPool) (*Server, error) {
+func start(s *Server) (*Server, error) {
 	binary := os.Getenv(BinaryEnv)
 	if info, err := os.Stat(binary); binary == "" || err != nil || info.IsDir() {
 		return nil, ErrNoBinary
@@ -83,12 +93,12 @@ func start(dir string, roots *x509.CertPool) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{binary: binary, dir: dir, addr: l.Addr().String(), roots: roots}
+	s.binary, s.addr = binary, l.Addr().String()
 	if err := l.Close(); err != nil {
 		return nil, err
 	}
-	for _, d := range []string{"data", "iam", "sidecar"} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+	for _, d := range []string{"data", "iam", "sidecar", "versions"} {
+		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil {
 			return nil, err
 		}
 	}
@@ -109,6 +119,14 @@ func (s *Server) Endpoint() string {
 	return "http://" + s.addr
 }
 
+// Addr is where it listens, host:port.
+func (s *Server) Addr() string { return s.addr }
+
+// Dir is the directory in which the server keeps what lies below a prefix of the bucket.
+func (s *Server) Dir(prefix string) string {
+	return filepath.Join(s.dir, "data", Bucket, filepath.FromSlash(prefix))
+}
+
 // CAFile holds the certificate of the authority that has signed the server's. It exists if it was started by StartTLS.
 func (s *Server) CAFile() string { return filepath.Join(s.dir, caFile) }
 
@@ -123,7 +141,14 @@ func (s *Server) Run() error {
 	if s.roots != nil {
 		args = append(args, "--cert", filepath.Join(s.dir, certFile), "--key", filepath.Join(s.dir, keyFile))
 	}
-	args = append(args, "posix", "--sidecar", filepath.Join(s.dir, "sidecar"), filepath.Join(s.dir, "data"))
+	if s.domain != "" {
+		args = append(args, "--virtual-domain", s.domain)
+	}
+	args = append(args, "posix", "--sidecar", filepath.Join(s.dir, "sidecar"))
+	if s.locked {
+		args = append(args, "--versioning-dir", filepath.Join(s.dir, "versions"))
+	}
+	args = append(args, filepath.Join(s.dir, "data"))
 	cmd := exec.Command(s.binary, args...)
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+Root.AccessKey, "ROOT_SECRET_KEY="+Root.SecretKey)
 	cmd.Stdout, cmd.Stderr = log, log
@@ -171,7 +196,7 @@ func (s *Server) setUp() error {
 		return err
 	}
 	defer done()
-	if err := client.MakeBucket(ctx, Bucket, minio.MakeBucketOptions{}); err != nil {
+	if err := client.MakeBucket(ctx, Bucket, minio.MakeBucketOptions{ObjectLocking: s.locked}); err != nil {
 		return fmt.Errorf("make bucket: %w", err)
 	}
 	for _, u := range []User{Putter, Reader, Both} {

@@ -1,0 +1,60 @@
+package auditlog
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// disk is what changes a spool: everything that must be there after a crash goes through it. osDisk is the real one. Tests
+// put others in its place, that fail, that forget at a power cut what was not synced, or that end the process.
+type disk interface {
+	// OpenFile opens a file as os.OpenFile does. Its name is durable after SyncDir, its content after its Sync.
+	OpenFile(name string, flag int, perm fs.FileMode) (diskFile, error)
+	Rename(from, to string) error
+	Remove(name string) error
+	// SyncDir makes the names in a directory durable.
+	SyncDir(name string) error
+}
+
+// diskFile is an open file of a disk.
+type diskFile interface {
+	io.ReadWriteCloser
+	Name() string
+	Sync() error
+	Truncate(size int64) error
+}
+
+type osDisk struct{}
+
+func (osDisk) OpenFile(name string, flag int, perm fs.FileMode) (diskFile, error) {
+	f, err := os.OpenFile(name, flag, perm)
+	if err != nil {
+		return nil, err // not f: a nil *os.File is no nil diskFile
+	}
+	return f, nil
+}
+
+func (osDisk) Rename(from, to string) error { return os.Rename(from, to) }
+func (osDisk) Remove(name string) error     { return os.Remove(name) }
+func (osDisk) SyncDir(name string) error    { return syncDir(name) }
+
+// makeSpool makes the spool's directory, and its name durable with those of the directories that had to be made above it: a
+// power cut would take all that is in it otherwise.
+func makeSpool(d disk, dir string) error {
+	if info, err := os.Stat(dir); err == nil && info.IsDir() {
+		return nil
+	}
+	parent := filepath.Dir(dir)
+	if parent != dir {
+		if err := makeSpool(d, parent); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return d.SyncDir(parent)
+}

@@ -1,0 +1,25 @@
+package auditlog
+
+import "time"
+
+// What tests put under a spool.
+type (
+	Disk     = disk
+	DiskFile = diskFile
+	OSDisk   = osDisk
+)
+
+// OpenOn is Open with another disk.
+var OpenOn = openOn
+
+// SetWall sets the clock that stamps.
+func (l *Log) SetWall(wall func() time.Time) { l.wall = wall }
+
+// LastFooter says whether bytes that were written at once are a footer, and whether it ends its log.
+func LastFooter(b []byte) (footer, last bool) {
+	if len(b) <= frameHeaderBytes || b[0] != frameFooter {
+		return false, false
+	}
+	f, err := decodeFooter(b[frameHeaderBytes:])
+	return err == nil, f.Last
+}

@@ -1,0 +1,263 @@
+package auditlog
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"slices"
+	"strings"
+	"time"
+
+	"filippo.io/age"
+)
+
+// maxIndexed bounds the entries that an Index holds in memory.
+const maxIndexed = 4 << 20
+
+// Index is what a store's index says of its sessions. It is never more than a short cut: Entry gives an entry only if it fits the
+// objects that the store holds, and CompareIndex holds all of it against the logs.
+type Index struct {
+	entries map[string]*Entry
+
+	Objects  int      // of the store that were read
+	Unread   uint64   // entries that are encrypted, and to none of the identities
+	Reports  []Report // of the index's logs that are damaged: their entries are not used
+	overflow bool
+}
+
+// IndexOptions say how an index is read.
+type IndexOptions struct {
+	Keys       []ed25519.PublicKey // that may have signed it; none: any
+	Identities []age.Identity      // for one that is encrypted
+	Since      time.Time           // only sessions that began at or after this are asked for; zero: all
+}
+
+// ReadIndex reads a store's index. A log of the index that is damaged, or signed by a key that is not one of Keys, is left out, and
+// is in Reports. An error is one of the source.
+func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, error) {
+	x := &Index{entries: make(map[string]*Entry)}
+	since := ""
+	if !opts.Since.IsZero() {
+		since = opts.Since.UTC().AddDate(0, 0, -1).Format("2006/01/02") // clocks jump
+	}
+	for log, err := range Logs(ctx, src, IndexPrefix) {
+		if err != nil {
+			return nil, err
+		}
+		if len(log.Segments) == 0 || log.Name.Day < since {
+			continue // a session is in the index of the day on which it ended, or of a later one
+		}
+		r := NewSessionReader(src, log, opts.Keys...)
+		r.Decrypt(opts.Identities...)
+		var entries []*Entry
+		for rec := range r.Records(ctx) {
+			if e, ok := rec.Body.(*Entry); ok && ValidID(e.ID) {
+				entries = append(entries, e)
+			}
+		}
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		if err := r.Err(); err != nil && !errors.Is(err, ErrLocked) {
+			return nil, err
+		}
+		rep := r.Report()
+		x.Objects += rep.Segments
+		x.Unread += rep.Unread
+		if rep.State == Damaged {
+			x.Reports = append(x.Reports, rep)
+			continue
+		}
+		for _, e := range entries {
+			if e.Gate == log.Name.Gate {
+				x.add(e)
+			}
+		}
+	}
+	return x, nil
+}
+
+// add keeps the entry that says more.
+func (x *Index) add(e *Entry) {
+	have := x.entries[e.ID]
+	switch {
+	case have == nil && len(x.entries) >= maxIndexed:
+		x.overflow = true
+	case have == nil, rank(e) > rank(have):
+		x.entries[e.ID] = e
+	}
+}
+
+func rank(e *Entry) int {
+	switch {
+	case e.Partial:
+		return 0
+	case e.Clear:
+		return 1
+	}
+	return 2
+}
+
+// Len is the number of sessions that the index knows.
+func (x *Index) Len() int { return len(x.entries) }
+
+// Entry gives a log's entry, if there is one that was made by the gate that wrote the session to its end, and that fits the
+// log's objects: their number and their bytes. If there is none, the log has to be read. What it says of the session is the gate's
+// word, signed, and not checked against the log.
+func (x *Index) Entry(log Stored) (Entry, bool) {
+	if x == nil || log.Name.Kind != SessionLog || len(log.Foreign) > 0 {
+		return Entry{}, false
+	}
+	e := x.entries[log.Name.ID]
+	if e == nil || e.Partial || int(e.Segments) != len(log.Segments) || e.Start.UTC().Format("2006/01/02") != log.Name.Day {
+		return Entry{}, false
+	}
+	var size int64
+	for i, o := range log.Segments {
+		if n, err := ParseName(o.Name); err != nil || n.Number != uint32(i) {
+			return Entry{}, false
+		}
+		size += o.Size
+	}
+	return *e, size == e.Bytes
+}
+
+// All yields the entries, in the order of their sessions' starts.
+func (x *Index) All() iter.Seq[Entry] {
+	all := make([]*Entry, 0, len(x.entries))
+	for _, e := range x.entries {
+		all = append(all, e)
+	}
+	slices.SortFunc(all, func(a, b *Entry) int {
+		if c := a.Start.Compare(b.Start); c != 0 {
+			return c
+		}
+		return strings.Compare(a.ID, b.ID)
+	})
+	return func(yield func(Entry) bool) {
+		for _, e := range all {
+			if !yield(*e) {
+				return
+			}
+		}
+	}
+}
+
+// EntryOf makes a session's entry from its log, as the gate would have. complete says that all of the log could be read and is
+// sealed: only then is the entry what the gate's would be.
+func EntryOf(ctx context.Context, r *SessionReader) (e Entry, complete bool) {
+	for rec := range r.Records(ctx) {
+		e.Add(rec)
+	}
+	rep := r.Report()
+	e.ID, e.Gate, e.Start = rep.ID, rep.Gate, rep.Start
+	e.Segments, e.Bytes, e.Last = uint32(rep.Segments), rep.Bytes, r.chain.hash[:]
+	return e, (rep.State == Sealed || rep.State == Interrupted) && rep.Unread == 0
+}
+
+// CompareIndex holds a session's entry in the index, if there is one, against the one that was made from its log (EntryOf), and says
+// what differs. "" means that nothing does, or that the index has no entry: it may be lost, the log is what counts.
+func (x *Index) CompareIndex(fromLog Entry) string {
+	e := x.entries[fromLog.ID]
+	if e == nil {
+		return ""
+	}
+	have, want := *e, fromLog
+	switch {
+	case e.Partial:
+		have, want = Entry{Gate: e.Gate, Start: e.Start, Last: e.Last}, Entry{Gate: want.Gate, Start: want.Start, Last: want.Last}
+	case e.Clear:
+		// What of the rest is in the clear is as it was configured: so each field is as in the log, or is not there.
+		want = *want.clear(setFields(e))
+	}
+	a, errA := encMode.Marshal(&have)
+	b, errB := encMode.Marshal(&want)
+	if errA != nil || errB != nil || bytes.Equal(a, b) {
+		return ""
+	}
+	for _, f := range []struct {
+		name string
+		same bool
+	}{
+		{"gate", have.Gate == want.Gate}, {"start", have.Start.Equal(want.Start)}, {"end", have.End.Equal(want.End)},
+		{"user", have.User == want.User}, {"ticket", have.Ticket == want.Ticket}, {"source", have.Source == want.Source},
+		{"cause of the end", have.Cause == want.Cause}, {"number of records", have.Records == want.Records},
+		{"segments", have.Segments == want.Segments && have.Bytes == want.Bytes}, {"hash of the last segment", bytes.Equal(have.Last, want.Last)},
+	} {
+		if !f.same {
+			return "the index says otherwise than the log: " + f.name
+		}
+	}
+	return "the index says otherwise than the log"
+}
+
+// setFields are those of ClearFields that an entry has.
+func setFields(e *Entry) []string {
+	var set []string
+	for _, f := range ClearFields {
+		none := Entry{ID: e.ID, Gate: e.Gate, Start: e.Start, End: e.End, Records: e.Records, Segments: e.Segments, Bytes: e.Bytes,
+			Last: e.Last, Partial: e.Partial, Clear: true}
+		a, errA := encMode.Marshal(&none)
+		b, errB := encMode.Marshal(e.clear([]string{f}))
+		if errA == nil && errB == nil && !bytes.Equal(a, b) {
+			set = append(set, f)
+		}
+	}
+	return set
+}
+
+// Missing yields the sessions that the index knows, began at or after since (zero: all), and are not among those seen: their
+// logs were removed, by whose rules so ever, or by somebody.
+func (x *Index) Missing(seen map[string]struct{}, since time.Time) iter.Seq[Entry] {
+	return func(yield func(Entry) bool) {
+		for e := range x.All() {
+			if _, ok := seen[e.ID]; ok || e.Start.Before(since) {
+				continue
+			}
+			if !yield(e) {
+				return
+			}
+		}
+	}
+}
+
+// cacheMagic begins a file of entries that an auditor keeps; see WriteCache.
+const cacheMagic = "sallyport index cache 1\n"
+
+// WriteCache writes entries for ReadCache. It is an auditor's own file: it is not signed, and not encrypted.
+func WriteCache(w io.Writer, entries iter.Seq[Entry]) error {
+	if _, err := io.WriteString(w, cacheMagic); err != nil {
+		return err
+	}
+	enc := encMode.NewEncoder(w)
+	for e := range entries {
+		if err := enc.Encode(&e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ReadCache adds the entries of WriteCache to the index. Of two of a session it keeps the one that says more.
+func (x *Index) ReadCache(r io.Reader) error {
+	magic := make([]byte, len(cacheMagic))
+	if _, err := io.ReadFull(r, magic); err != nil || string(magic) != cacheMagic {
+		return errors.New("read index cache: not a cache of an index")
+	}
+	dec := decMode.NewDecoder(r)
+	for {
+		var e Entry
+		switch err := dec.Decode(&e); {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return fmt.Errorf("read index cache: %w", err)
+		case ValidID(e.ID):
+			x.add(&e)
+		}
+	}
+}

@@ -1,0 +1,151 @@
+package tlog
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// The files of the state directory.
+const (
+	stateFile = "tree.json"    // the tree as of the last checkpoint
+	nextFile  = "next.json"    // the same with objects that may not be in the spool yet; takes stateFile's place when they are
+	waitFile  = "leaves.jsonl" // leaves for the next checkpoint, appended as they come
+)
+
+// maxState bounds a state file: 255 entries and at most 7 tiles of 255 hashes, in base64, and the objects of one checkpoint.
+const maxState = 64 << 20
+
+// state is what a gate knows of its log.
+type state struct {
+	Gate     string   `json:"gate"`
+	Log      string   `json:"log"`
+	Number   uint32   `json:"number"`   // of the next checkpoint
+	Sequence uint32   `json:"sequence"` // of the next object
+	Tree     *Tree    `json:"tree"`
+	Objects  []Object `json:"objects,omitempty"` // in nextFile: those with the sequences before Sequence
+}
+
+// waiting is a line of waitFile.
+type waiting struct {
+	Log   string `json:"log"`
+	Index int64  `json:"index"`
+	Entry []byte `json:"entry"`
+}
+
+// encodeState puts a hash before the content, so that a disk's damage is seen.
+func encodeState(s *state) ([]byte, error) {
+	b, err := json.Marshal(s)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(b)
+	return append(append([]byte(hex.EncodeToString(sum[:])), '\n'), b...), nil
+}
+
+func decodeState(b []byte) (*state, error) {
+	sum, body, ok := bytes.Cut(b, []byte("\n"))
+	want := sha256.Sum256(body)
+	if !ok || string(sum) != hex.EncodeToString(want[:]) {
+		return nil, errors.New("not as it was written")
+	}
+	s := &state{}
+	if err := json.Unmarshal(body, s); err != nil {
+		return nil, err
+	}
+	if s.Tree == nil || !validPart(s.Gate) || !validPart(s.Log) {
+		return nil, errors.New("without a tree or a name")
+	}
+	return s, s.Tree.check()
+}
+
+func readState(dir, name string) (*state, error) {
+	f, err := os.Open(filepath.Join(dir, name))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxState))
+	if err != nil {
+		return nil, err
+	}
+	s, err := decodeState(b)
+	if err != nil {
+		return nil, &damageError{fmt.Errorf("%s: %w", f.Name(), err)}
+	}
+	return s, nil
+}
+
+// damageError is of a file that can be read and makes no sense.
+type damageError struct{ error }
+
+// writeFile replaces a file in one step, durably.
+func writeFile(dir, name string, b []byte) error {
+	f, err := os.OpenFile(filepath.Join(dir, name+".tmp"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return rename(dir, name+".tmp", name)
+}
+
+func rename(dir, from, to string) error {
+	if err := os.Rename(filepath.Join(dir, from), filepath.Join(dir, to)); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// readWaiting gives the leaves in waitFile that the tree of s does not have yet, in order; all, if s is nil. The line at which a
+// crash came is not whole, and was promised to nobody.
+func readWaiting(dir string, s *state) ([][]byte, error) {
+	f, err := os.Open(filepath.Join(dir, waitFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var entries [][]byte
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		var w waiting
+		if json.Unmarshal(lines.Bytes(), &w) != nil || len(w.Entry) > MaxEntry {
+			continue
+		}
+		if s == nil {
+			entries = append(entries, w.Entry)
+			continue
+		}
+		if w.Log != s.Log {
+			continue
+		}
+		switch next := s.Tree.Size + int64(len(entries)); {
+		case w.Index == next:
+			entries = append(entries, w.Entry)
+		case w.Index > next:
+			return nil, &damageError{fmt.Errorf("%s: leaf %d is missing", f.Name(), next)}
+		}
+	}
+	return entries, lines.Err()
+}

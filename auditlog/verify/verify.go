@@ -1,0 +1,394 @@
+// Package verify proves what a store holds: every log, the transparency logs that name them, and all other objects. It needs
+// nothing but the store's bytes and the keys that an auditor has pinned.
+package verify
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/tlog"
+)
+
+const (
+	// leafWait is how much later than a log's end a checkpoint may be made that does not have it yet.
+	leafWait = time.Minute
+	// fresh is how long after it came a log may be in no checkpoint of the store, whatever its end says: a store that was away
+	// gets logs whose end is long ago, and their checkpoint a moment later.
+	fresh = 2 * time.Minute
+	// maxDays is the most days that are listed one by one.
+	maxDays = 366
+)
+
+// Options says what is verified, and against what.
+type Options struct {
+	// Keys are those that may have signed; none: those that the store names itself, which is no proof of who wrote it.
+	Keys []ed25519.PublicKey
+	// From and To are days (YYYY/MM/DD, UTC): logs that began before or after are neither read nor missed. Empty: no bound.
+	From, To string
+	// Since are checkpoints that an auditor has kept: the store's logs must go on from them.
+	Since []*tlog.Checkpoint
+	// Parallel is how many logs or objects are read at once. Default: the processors, at least 4.
+	Parallel int
+	// Log is called for each log, Tree for each transparency log, Problem for what is wrong elsewhere, one call at a time.
+	Log     func(auditlog.Report) error
+	Tree    func(Tree) error
+	Problem func(auditlog.Problem) error
+	// Progress, if not nil, is called now and then, from several goroutines.
+	Progress func(objects int, bytes int64)
+	// Now is the time, for what is fresh. Default time.Now.
+	Now func() time.Time
+}
+
+// Tree is the verdict on one transparency log.
+type Tree struct {
+	Origin      string             `json:"origin"`
+	Gate        string             `json:"gate"`
+	Log         string             `json:"log"`
+	Size        int64              `json:"size"` // leaves
+	Checkpoints int                `json:"checkpoints"`
+	First       time.Time          `json:"first"`
+	Newest      time.Time          `json:"newest"` // time of the newest checkpoint, by the gate's clock
+	Ended       bool               `json:"ended"`  // a newer log of the same gate is there, and goes on where this one ended
+	Keys        []string           `json:"keys"`
+	Note        []byte             `json:"note,omitempty"` // the newest checkpoint, to keep elsewhere
+	Problems    []auditlog.Problem `json:"problems,omitempty"`
+	More        int                `json:"more_problems,omitempty"`
+}
+
+// Summary is what was found in all.
+type Summary struct {
+	Logs    map[auditlog.State]int `json:"logs"`
+	Waiting int                    `json:"waiting"` // sealed logs that no checkpoint has yet
+	Outside int                    `json:"outside"` // sealed logs of gates without a transparency log
+	Missing int                    `json:"missing"` // logs that a leaf names and the store does not have
+	Trees   []Tree                 `json:"-"`
+	Foreign int                    `json:"foreign"` // objects that are not a gate's
+	// Problems are all that are not a log's own; those of trees and missing logs are among them.
+	Problems int       `json:"problems"`
+	Unpinned bool      `json:"unpinned"`
+	Newest   time.Time `json:"newest"` // of all checkpoints
+	Objects  int       `json:"objects"`
+	Bytes    int64     `json:"bytes"`
+}
+
+// Total is the number of logs.
+func (s Summary) Total() int {
+	n := 0
+	for _, v := range s.Logs {
+		n += v
+	}
+	return n
+}
+
+// Damaged says whether anything is wrong.
+func (s Summary) Damaged() bool { return s.Logs[auditlog.Damaged] > 0 || s.Problems > 0 }
+
+// Unsealed says whether anything has no end yet, or is in no checkpoint yet.
+func (s Summary) Unsealed() bool { return s.Logs[auditlog.Live] > 0 || s.Waiting > 0 }
+
+// Verifier looks at the objects below one prefix of a store. It calls problem for what is wrong, and foreign for what is not a
+// gate's. An error is of the source.
+type Verifier func(ctx context.Context, v *Run, prefix string) error
+
+// Verifiers are those of prefixes beside the logs' and the transparency logs'. What makes objects of a new kind adds its own.
+var Verifiers = map[string]Verifier{
+	auditlog.DuplicatePrefix: duplicates,
+	auditlog.KeyPrefix:       keys,
+	"check/":                 checks,
+}
+
+// Run is one verification.
+type Run struct {
+	Source  auditlog.Source
+	Options Options
+	Summary Summary
+
+	trees  map[string]*tree // by origin
+	leaves leaves
+	unread error // the first of the source, of an object of a log
+	count  struct {
+		sync.Mutex
+		objects int
+		bytes   int64
+	}
+}
+
+// New prepares a verification of src.
+func New(src auditlog.Source, o Options) *Run {
+	if o.Parallel <= 0 {
+		o.Parallel = max(4, runtime.GOMAXPROCS(0))
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Log == nil {
+		o.Log = func(auditlog.Report) error { return nil }
+	}
+	if o.Tree == nil {
+		o.Tree = func(Tree) error { return nil }
+	}
+	if o.Problem == nil {
+		o.Problem = func(auditlog.Problem) error { return nil }
+	}
+	v := &Run{Options: o, trees: make(map[string]*tree), leaves: make(leaves)}
+	v.Source = &counter{src, v}
+	v.Summary.Logs = make(map[auditlog.State]int)
+	return v
+}
+
+// Store verifies all of the store, or its logs of some days. The transparency logs are read first: what they name was in the
+// store before, so a store that a gate writes to meanwhile gives no false alarm.
+func (v *Run) Store(ctx context.Context) (Summary, error) {
+	err := v.readTrees(ctx, tlog.Prefix)
+	if err == nil {
+		err = v.logs(ctx, v.stored(ctx))
+	}
+	if err == nil {
+		err = v.missing(ctx)
+	}
+	if err == nil && v.whole() {
+		err = v.others(ctx)
+	}
+	return v.done(ctx, err)
+}
+
+// Trees verifies the transparency logs alone.
+func (v *Run) Trees(ctx context.Context) (Summary, error) {
+	return v.done(ctx, v.readTrees(ctx, tlog.Prefix))
+}
+
+// Log verifies one log, with the transparency log of its gate.
+func (v *Run) Log(ctx context.Context, stored auditlog.Stored) (Summary, error) {
+	err := v.readTrees(ctx, tlog.Prefix)
+	if err == nil {
+		err = v.logs(ctx, func(yield func(auditlog.Stored, error) bool) { yield(stored, nil) })
+	}
+	return v.done(ctx, err)
+}
+
+func (v *Run) done(ctx context.Context, err error) (Summary, error) {
+	if err == nil {
+		err = errors.Join(context.Cause(ctx), v.unread)
+	}
+	v.Summary.Objects, v.Summary.Bytes = v.count.objects, v.count.bytes
+	v.Summary.Unpinned = len(v.Options.Keys) == 0
+	return v.Summary, err
+}
+
+// whole says that no log is left out.
+func (v *Run) whole() bool { return v.Options.From == "" && v.Options.To == "" }
+
+// within says whether a log that began on this day is looked at.
+func (v *Run) within(day string) bool {
+	return (v.Options.From == "" || day >= v.Options.From) && (v.Options.To == "" || day <= v.Options.To)
+}
+
+// stored yields the logs to look at.
+func (v *Run) stored(ctx context.Context) iter.Seq2[auditlog.Stored, error] {
+	return func(yield func(auditlog.Stored, error) bool) {
+		prefixes := append([]string{auditlog.GatePrefix}, v.sessionPrefixes()...)
+		for _, p := range prefixes {
+			for log, err := range auditlog.Logs(ctx, v.Source, p) {
+				if err == nil && len(log.Segments) > 0 && !v.within(log.Name.Day) {
+					continue
+				}
+				if !yield(log, err) || err != nil {
+					return
+				}
+			}
+		}
+	}
+}
+
+// sessionPrefixes spares the listing of days that are not asked for.
+func (v *Run) sessionPrefixes() []string {
+	const form = "2006/01/02"
+	from, err1 := time.Parse(form, v.Options.From)
+	to, err2 := time.Parse(form, v.Options.To)
+	if err1 != nil || err2 != nil || to.Sub(from) > maxDays*24*time.Hour {
+		return []string{auditlog.SessionPrefix}
+	}
+	var prefixes []string
+	for d := from; !d.After(to); d = d.AddDate(0, 0, 1) {
+		prefixes = append(prefixes, auditlog.SessionPrefix+d.Format(form)+"/")
+	}
+	return prefixes
+}
+
+// checked is a log that was read.
+type checked struct {
+	report auditlog.Report
+	dir    string
+	newest time.Time // when the store got its last segment, by the store
+	leaf   []byte
+	origin string
+	end    time.Time // by its footer
+	unread error     // of the source
+	err    error
+}
+
+func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) error {
+	return ordered(ctx, v.Options.Parallel, all, func(log auditlog.Stored) checked {
+		r := auditlog.NewSessionReader(v.Source, log, v.Options.Keys...)
+		c := checked{report: r.Verify(ctx), dir: log.Name.Dir()}
+		if len(log.Segments) > 0 {
+			c.newest = log.Segments[len(log.Segments)-1].Modified
+		}
+		if leaf, origin, ok := r.Leaf(); ok {
+			c.origin, c.end = origin, leaf.Sealed
+			c.leaf, c.err = leaf.Encode()
+		}
+		if err := r.Err(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			c.unread = err
+		}
+		return c
+	}, func(c checked) error {
+		if c.err != nil {
+			return c.err
+		}
+		if v.unread == nil {
+			v.unread = c.unread
+		}
+		v.compare(&c)
+		v.Summary.Logs[c.report.State]++
+		return v.Options.Log(c.report)
+	})
+}
+
+// compare compares a log with its leaf.
+func (v *Run) compare(c *checked) {
+	damaged := func(format string, args ...any) {
+		c.report.Problems = append(c.report.Problems, auditlog.Problem{Segment: c.dir, What: fmt.Sprintf(format, args...)})
+		c.report.State = auditlog.Damaged
+	}
+	leaf, there := v.leaves[short(c.dir)]
+	if there {
+		leaf.seen = true
+		v.leaves[short(c.dir)] = leaf
+	}
+	switch {
+	case there && c.leaf == nil && c.report.State == auditlog.Live:
+		damaged("the transparency log says that it is sealed: its end is missing")
+	case c.report.State != auditlog.Sealed && c.report.State != auditlog.Interrupted:
+	case there && leaf.hash != shortBytes(c.leaf):
+		damaged("is not the log that the transparency log names")
+	case there:
+	case c.origin == "":
+		v.Summary.Outside++
+	case v.waits(c):
+		v.Summary.Waiting++
+	case v.trees[c.origin] == nil:
+		damaged("its transparency log %q is not in the store", c.origin)
+	default:
+		damaged("is not in its transparency log, which went on after its end")
+	}
+}
+
+// waits says whether a log without a leaf may be one that is still to get it.
+func (v *Run) waits(c *checked) bool {
+	if v.Options.Now().Sub(c.newest) < fresh {
+		return true
+	}
+	t := v.trees[c.origin]
+	return t != nil && !t.report.Newest.After(c.end.Add(leafWait))
+}
+
+// problem tells of one that is no log's.
+func (v *Run) problem(object string, format string, args ...any) error {
+	v.Summary.Problems++
+	return v.Options.Problem(auditlog.Problem{Segment: object, What: fmt.Sprintf(format, args...)})
+}
+
+// others looks at what is neither log nor transparency log.
+func (v *Run) others(ctx context.Context) error {
+	known := []string{auditlog.SessionPrefix, auditlog.GatePrefix, tlog.Prefix}
+	for prefix := range Verifiers {
+		known = append(known, prefix)
+	}
+	slices.Sort(known)
+	for _, prefix := range known[:] {
+		if f := Verifiers[prefix]; f != nil {
+			if err := f(ctx, v, prefix); err != nil {
+				return err
+			}
+		}
+	}
+	for o, err := range v.Source.List(ctx, "") {
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(known, func(p string) bool { return strings.HasPrefix(o.Name, p) }) {
+			v.Foreign(o.Name)
+		}
+	}
+	return nil
+}
+
+// Foreign counts an object that is not a gate's. It proves nothing, and says nothing against the rest.
+func (v *Run) Foreign(string) { v.Summary.Foreign++ }
+
+// Wrong tells of an object that is not as it should be.
+func (v *Run) Wrong(object, format string, args ...any) error {
+	return v.problem(object, format, args...)
+}
+
+// leaves are what the transparency logs name, by the log's prefix; hashes cut to 16 bytes, as there may be millions.
+type leaves map[[16]byte]leafMark
+
+type leafMark struct {
+	hash [16]byte
+	seen bool
+}
+
+func short(s string) [16]byte { return shortBytes([]byte(s)) }
+
+func shortBytes(b []byte) [16]byte {
+	sum := sha256.Sum256(b)
+	return [16]byte(sum[:16])
+}
+
+// ordered works on what comes in, n at a time, and gives the results out in the same order.
+func ordered[T, R any](ctx context.Context, n int, in iter.Seq2[T, error], work func(T) R, out func(R) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	results := make(chan chan R, n)
+	var listErr error
+	var all sync.WaitGroup
+	all.Add(1)
+	go func() {
+		defer all.Done()
+		defer close(results)
+		for item, err := range in {
+			if err != nil {
+				listErr = err
+				return
+			}
+			r := make(chan R, 1)
+			select {
+			case results <- r:
+			case <-ctx.Done():
+				return
+			}
+			all.Add(1)
+			go func() { defer all.Done(); r <- work(item) }()
+		}
+	}()
+	defer all.Wait()
+	defer cancel()
+	for r := range results {
+		if err := out(<-r); err != nil {
+			return err
+		}
+	}
+	return errors.Join(listErr, context.Cause(ctx))
+}

@@ -1,0 +1,835 @@
+package kubernetes
+
+import (
+	"cmp"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/sallyport/sallyport/agent"
+	"github.com/sallyport/sallyport/backends"
+)
+
+// Targets says which pods sandboxes may join, whatever profiles ask for, and how. The gate's rights in their namespaces are a
+// role of its own (deploy/kubernetes/targets).
+type Targets struct {
+	Namespaces []string          `yaml:"namespaces"` // whose pods may be joined; default none
+	Labels     map[string]string `yaml:"labels"`     // that a pod must have besides, all of them; default none
+	Processes  bool              `yaml:"processes"`  // whether a container's process namespace may be joined
+	Files      bool              `yaml:"files"`      // whether the uid of its processes may be had there
+	// MaxPerTarget is how many sandboxes may have joined a pod at a time, over all gates; default 4.
+	MaxPerTarget int `yaml:"max_per_target"`
+}
+
+const defaultPerTarget = 4
+
+// targetPrefix begins the names of the ephemeral containers; a hash of the user and something random follow.
+const targetPrefix = "sallyport-"
+
+// maxEntries bounds the ephemeral containers of ours that a pod ever has: what has ended stays in its specification.
+const maxEntries = 200
+
+// targetHome is where sessions are at home: an ephemeral container can have no volume of its own.
+const targetHome = "/tmp"
+
+func (t Targets) validate() (errs []error) {
+	for _, ns := range t.Namespaces {
+		if !dnsLabel.MatchString(ns) {
+			errs = append(errs, fmt.Errorf("targets.namespaces: %q is no namespace's name", ns))
+		}
+	}
+	for key, value := range t.Labels {
+		if _, err := labels.ValidatedSelectorFromSet(labels.Set{key: value}); err != nil {
+			errs = append(errs, fmt.Errorf("targets.labels: %w", err))
+		}
+	}
+	if t.Files && !t.Processes {
+		errs = append(errs, errors.New("targets.files: can't be had without processes"))
+	}
+	if t.MaxPerTarget < 0 || t.MaxPerTarget > maxEntries {
+		errs = append(errs, fmt.Errorf("targets.max_per_target: must be from 0, which is %d, to %d", defaultPerTarget, maxEntries))
+	}
+	return errs
+}
+
+// checkTarget refuses what an ephemeral container can't have, or what the operator's configuration does not permit of it.
+func (b *Backend) checkTarget(spec backends.Spec) error {
+	t := spec.Template
+	c, target := b.config.Targets, t.Target
+	if !sessionPattern.MatchString(spec.Owner.Session) {
+		return errors.New("bad session ID")
+	}
+	switch {
+	case !slices.Contains(c.Namespaces, target.Namespace):
+		return refused("target: namespace %q is not listed (targets.namespaces)", target.Namespace)
+	case target.Name == "" && target.Workload == "" && len(target.Labels) == 0:
+		return refused("target: neither name, workload nor labels are set")
+	case target.Processes && !c.Processes:
+		return refused("target: processes are not permitted (targets.processes)")
+	case target.Files && (!c.Files || !target.Processes):
+		return refused("target: files are not permitted (targets.files)")
+	case !listed(b.config.AgentIn, t.Image):
+		return refused("target: image %q does not carry the agent (agent_in), and nothing can be mounted into an ephemeral container", t.Image)
+	case t.Network != "" || t.Hostname != "" || len(t.ExtraHosts) > 0:
+		return refused("target: its network, hostname and hosts are joined; name no network, hostname and extra_hosts")
+	case t.Memory != 0 || t.CPUs != 0 || t.PIDs != 0 || t.TmpSize != 0 || t.HomeSize != 0 || t.Scratch != "":
+		return refused("target: an ephemeral container has no limits and no volumes of its own; name no memory, cpus, pids, sizes and scratch")
+	case len(t.Mounts) > 0:
+		return refused("target: nothing can be mounted into an ephemeral container; name no mounts")
+	case t.Namespace != "" || len(t.Nodes) > 0 || t.Priority != "" || t.Runtime != "" || len(t.Groups) > 0:
+		return refused("target: its pod has namespace, node, priority, runtime and groups already; name none of them")
+	case t.UID == 0 && !b.config.AllowRoot:
+		return refused("uid 0 is not permitted (allow_root)")
+	case t.UID == 0 && !target.Files:
+		return refused("target: uid 0 is what its files are permitted for (permit.target.files)")
+	case t.UID == agentUID:
+		return refused("uid %d is the agent's own", t.UID)
+	case target.Processes && !target.Files && len(t.Caps) > 0:
+		return refused("target: capabilities reach into its processes, as its files' permit does (permit.target.files)")
+	}
+	for _, name := range t.Caps {
+		if reason := neverCap(name); reason != "" {
+			return refused("capability %q %s", name, reason)
+		}
+		if !slices.Contains(b.config.AllowCaps, name) {
+			return refused("capability %q is not listed (allow_caps)", name)
+		}
+	}
+	switch t.PullPolicy {
+	case "", "missing", "always", "never":
+	default:
+		return refused("pull policy %q is unknown", t.PullPolicy)
+	}
+	for _, v := range t.Env {
+		if name, _, ok := strings.Cut(v, "="); !ok || name == "" || strings.ContainsRune(v, 0) {
+			return refused("environment: %q is not NAME=value", v)
+		}
+	}
+	return nil
+}
+
+// Of a namespace, so many pods are looked at for a target, in pages.
+const maxListed, pageSize = 5000, 500
+
+// Targets implements backends.Joiner.
+func (b *Backend) Targets(ctx context.Context, spec backends.Spec, name string) ([]backends.Running, error) {
+	target := spec.Template.Target
+	if target == nil {
+		return nil, nil
+	}
+	if err := b.checkTarget(spec); err != nil {
+		return nil, fmt.Errorf("kubernetes: %w", err)
+	}
+	wanted := cmp.Or(name, target.Name)
+	if name != "" && target.Name != "" && name != target.Name {
+		return nil, nil
+	}
+	var found []backends.Running
+	look := func(pod *corev1.Pod) {
+		if b.unfit(target, pod) == "" {
+			found = append(found, running(target, pod))
+		}
+	}
+	if wanted != "" {
+		if !dnsName.MatchString(wanted) { // it becomes part of a request's path
+			return nil, nil
+		}
+		var pod corev1.Pod
+		err := b.cluster.get(ctx, target.Namespace, "pods", wanted, &pod)
+		if apierrors.IsNotFound(err) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, targetFailed("look at the target", err)
+		}
+		look(&pod)
+		return found, nil
+	}
+	selector := labels.Set{}
+	for _, set := range []map[string]string{b.config.Targets.Labels, target.Labels} {
+		for key, value := range set {
+			if v, ok := selector[key]; ok && v != value {
+				return nil, nil
+			}
+			selector[key] = value
+		}
+	}
+	valid, err := labels.ValidatedSelectorFromSet(selector)
+	if err != nil {
+		return nil, fmt.Errorf("kubernetes: %w", refused("target: %v", err))
+	}
+	seen := 0
+	for more := ""; ; {
+		var pods corev1.PodList
+		if err := b.cluster.list(ctx, target.Namespace, "pods", listOptions{labels: valid.String(), limit: pageSize, next: more}, &pods); err != nil {
+			return nil, targetFailed("find the target", err)
+		}
+		for i := range pods.Items {
+			look(&pods.Items[i])
+		}
+		seen += len(pods.Items)
+		if more = pods.Continue; more == "" || seen >= maxListed {
+			break
+		}
+	}
+	slices.SortFunc(found, func(a, b backends.Running) int { return cmp.Compare(a.Name, b.Name) })
+	return found[:min(len(found), backends.MaxTargets)], nil
+}
+
+// unfit says why a pod can't be the target; empty: it can.
+func (b *Backend) unfit(target *backends.Target, pod *corev1.Pod) string {
+	switch {
+	case pod.Namespace != target.Namespace,
+		target.Name != "" && pod.Name != target.Name,
+		!target.Has(pod.Labels),
+		target.Workload != "" && !ownedBy(pod, target.Workload):
+		return "is not what the profile names"
+	case !(&backends.Target{Labels: b.config.Targets.Labels}).Has(pod.Labels):
+		return "lacks a label that the operator asks for (targets.labels)"
+	case pod.Labels[labelManaged] == managed:
+		return "is a session's sandbox"
+	case pod.Spec.HostNetwork || pod.Spec.HostPID || pod.Spec.HostIPC:
+		return "has the node's own namespaces"
+	case pod.Spec.ShareProcessNamespace != nil && *pod.Spec.ShareProcessNamespace && !target.Processes:
+		return "has one process namespace for all its containers, and processes are not permitted"
+	case pod.DeletionTimestamp != nil || pod.Status.Phase != corev1.PodRunning:
+		return "does not run"
+	}
+	container := containerOf(target, pod)
+	if container == "" {
+		return "has no such container"
+	}
+	if s := statusOf(pod.Status.ContainerStatuses, container); target.Processes && (s == nil || s.State.Running == nil) {
+		return "does not run"
+	}
+	return ""
+}
+
+// ownedBy says whether a pod is one of a workload's, "deployment/NAME", by its controller. A deployment's pods are a replica
+// set's, whose name the deployment makes of its own and the label pod-template-hash.
+func ownedBy(pod *corev1.Pod, workload string) bool {
+	kind, name, _ := strings.Cut(workload, "/")
+	owner := metav1.GetControllerOf(pod)
+	if owner == nil || name == "" {
+		return false
+	}
+	if kind == "deployment" {
+		hash := pod.Labels["pod-template-hash"]
+		return owner.Kind == "ReplicaSet" && hash != "" && owner.Name == name+"-"+hash
+	}
+	return strings.ToLower(owner.Kind) == kind && owner.Name == name
+}
+
+// containerOf is the container that is meant: the profile's, else that of the annotation which kubectl looks at, else the first.
+func containerOf(target *backends.Target, pod *corev1.Pod) string {
+	name := target.Container
+	if name == "" {
+		name = pod.Annotations["kubectl.kubernetes.io/default-container"]
+	}
+	for _, c := range pod.Spec.Containers {
+		if c.Name == name || name == "" {
+			return c.Name
+		}
+	}
+	return ""
+}
+
+func statusOf(list []corev1.ContainerStatus, name string) *corev1.ContainerStatus {
+	for i := range list {
+		if list[i].Name == name {
+			return &list[i]
+		}
+	}
+	return nil
+}
+
+func running(target *backends.Target, pod *corev1.Pod) backends.Running {
+	r := backends.Running{
+		ID: string(pod.UID), Namespace: pod.Namespace, Name: pod.Name, Labels: pod.Labels, Container: containerOf(target, pod),
+	}
+	for _, c := range pod.Spec.Containers {
+		if c.Name == r.Container {
+			r.Image = c.Image
+		}
+	}
+	if s := statusOf(pod.Status.ContainerStatuses, r.Container); s != nil {
+		r.Digest = s.ImageID
+	}
+	return r
+}
+
+// targetFailed adds words for the user to the API server's refusal of what concerns a target.
+func targetFailed(what string, err error) error {
+	err = fmt.Errorf("kubernetes: %s: %w", what, err)
+	switch text := refusal(err); {
+	case apierrors.IsForbidden(err):
+		return &backends.TextError{Text: "the cluster does not let this gate join the target: tell an operator", Err: err}
+	case apierrors.IsNotFound(err), apierrors.IsInvalid(err):
+		return &backends.TextError{Text: "the cluster does not take the sandbox into the target: tell an operator", Err: err}
+	case text != "":
+		return &backends.TextError{Text: text, Err: err}
+	}
+	return err
+}
+
+// guest is a sandbox in a target: one ephemeral container of a pod. Its life: start adds it to the pod and reaches its agent
+// through a relay; watch sees its end, and the pod's; Close sees to it that it does not run any more. The pod's specification
+// and status keep it as long as there is the pod.
+type guest struct {
+	backend   *Backend
+	session   string
+	user      string
+	target    *backends.Target
+	at        slot      // the target
+	uid       types.UID // of the pod
+	restarts  int32     // of the target's container when it was joined
+	container string    // ephemeral
+	info      backends.Info
+	client    *agent.Client
+
+	done chan struct{}
+	err  error // set before done is closed
+
+	mu   sync.Mutex
+	fate *backends.TextError // what became of the target; guarded by mu
+
+	closing sync.Mutex // held by the Close that removes
+	gone    bool       // guarded by closing: nothing of it runs
+	added   bool       // guarded by closing: the pod may have it
+	ended   chan struct{}
+	endOnce sync.Once // closes ended: Close was called
+}
+
+var (
+	_ backends.Joiner   = (*Backend)(nil)
+	_ backends.Sandbox  = (*guest)(nil)
+	_ backends.Dialer   = (*guest)(nil)
+	_ backends.Listener = (*guest)(nil)
+)
+
+// startGuest starts a sandbox in its target.
+func (b *Backend) startGuest(ctx context.Context, spec backends.Spec) (backends.Sandbox, error) {
+	if err := b.checkTarget(spec); err != nil {
+		return nil, fmt.Errorf("kubernetes: %w", err)
+	}
+	if spec.Join == nil {
+		return nil, errors.New("kubernetes: no target was chosen")
+	}
+	g := &guest{
+		backend: b, session: spec.Owner.Session, user: spec.Owner.User, target: spec.Template.Target,
+		at: slot{spec.Join.Namespace, spec.Join.Name}, uid: types.UID(spec.Join.ID),
+		container: targetPrefix + hashed(spec.Owner.User) + "-" + strings.ToLower(rand.Text()[:10]),
+		done:      make(chan struct{}), ended: make(chan struct{}),
+	}
+	if !b.admit(g) {
+		return nil, &backends.TextError{
+			Text: fmt.Sprintf("you have %d sandboxes already: end one of them first", b.config.MaxPerUser),
+			Err:  errors.New("max_per_user is reached"),
+		}
+	}
+	if err := g.start(ctx, spec); err != nil {
+		if rerr := g.remove(ctx); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
+		return nil, err
+	}
+	go g.watch()
+	return g, nil
+}
+
+// admit counts a guest, if its user may have one more of this gate's.
+func (b *Backend) admit(g *guest) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n := 0
+	for other := range b.guests {
+		if other.user == g.user {
+			n++
+		}
+	}
+	if n >= b.config.MaxPerUser {
+		return false
+	}
+	if b.guests == nil {
+		b.guests = make(map[*guest]bool)
+	}
+	b.guests[g] = true
+	return true
+}
+
+func (g *guest) start(ctx context.Context, spec backends.Spec) error {
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return err
+	}
+	container := ephemeral(spec, g.container, base64.StdEncoding.EncodeToString(public))
+	pod, err := g.add(ctx, container)
+	if err != nil {
+		return err
+	}
+	now := running(g.target, pod)
+	if s := statusOf(pod.Status.ContainerStatuses, now.Container); s != nil {
+		g.restarts = s.RestartCount
+	}
+	weaker := append(g.target.Weaknesses(),
+		"the pod's hostname, IPC and /dev/shm are shared",
+		"no limits of its own: memory, CPU, processes and disk are the pod's, and the pod's containers can be killed or evicted for them",
+		"the image's file system can be written")
+	g.info = backends.Info{
+		Backend: "kubernetes", Image: spec.Template.Image, Digest: pinned(spec.Template.Image), Node: pod.Spec.NodeName, Spec: container,
+		Joined: &backends.Joined{Running: now, What: g.target.Parts(), Weaker: weaker},
+	}
+	if err := g.reach(ctx, private, agent.Hello{
+		User: spec.Owner.User, Deadline: spec.Owner.Expires, Audit: spec.Template.ExecAudit, Reports: spec.Reports,
+	}); err != nil {
+		return err
+	}
+	g.info.ExecAudit = g.client.ExecAudit()
+	return nil
+}
+
+// ephemeral makes the container of a checked spec. It is pure: the same in, the same out. The API permits it neither resources
+// nor a volume that the pod does not have; and the agent's socket wants a /tmp that can be written.
+func ephemeral(spec backends.Spec, name, key string) corev1.EphemeralContainer {
+	t := spec.Template
+	no := false
+	home := cmp.Or(t.Home, targetHome)
+	c := corev1.EphemeralContainer{EphemeralContainerCommon: corev1.EphemeralContainerCommon{
+		Name: name, Image: t.Image, ImagePullPolicy: pullPolicy(t.PullPolicy),
+		Command:    []string{insideAgent},
+		Args:       []string{"serve", "--key", key, "--relay", insideRelay, "--home", home},
+		WorkingDir: "/",
+		Env:        environment(t.Env),
+		SecurityContext: &corev1.SecurityContext{
+			RunAsUser: pointer(int64(t.UID)), RunAsGroup: pointer(int64(t.GID)), RunAsNonRoot: pointer(t.UID != 0),
+			Privileged: &no, AllowPrivilegeEscalation: &no,
+			Capabilities:   &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: capabilities(t.Caps)},
+			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+		},
+	}}
+	if t.Target.Processes {
+		c.TargetContainerName = spec.Join.Container
+		if !t.Target.Files {
+			c.Args = append(c.Args, "--own-uid")
+		}
+	}
+	return c
+}
+
+// addTries bounds the attempts to add a container to a pod that others change at the same time.
+const addTries = 20
+
+// add adds the container to the pod. The API server takes it only for the pod that was counted, so the limits hold over all
+// gates.
+func (g *guest) add(ctx context.Context, container corev1.EphemeralContainer) (*corev1.Pod, error) {
+	b := g.backend
+	// A request given up half-way leaves nobody knows what.
+	detachedCtx, stop := detached(ctx)
+	defer stop()
+	for try := 0; ; try++ {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		var pod corev1.Pod
+		err := b.cluster.get(detachedCtx, g.at.namespace, "pods", g.at.name, &pod)
+		if apierrors.IsNotFound(err) || err == nil && (pod.UID != g.uid || pod.DeletionTimestamp != nil) {
+			return nil, &backends.TextError{Text: "the target " + g.at.name + " is not there any more: try again", Err: errors.New("kubernetes: target: gone since it was chosen")}
+		}
+		if err != nil {
+			return nil, targetFailed("look at the target", err)
+		}
+		if why := b.unfit(g.target, &pod); why != "" {
+			return nil, fmt.Errorf("kubernetes: %w", refused("target %s %s", g.at.name, why))
+		}
+		if err := g.room(&pod); err != nil {
+			return nil, err
+		}
+		if g.target.Processes {
+			container.TargetContainerName = containerOf(g.target, &pod)
+		}
+		patch, err := json.Marshal(map[string]any{
+			"metadata": map[string]any{"uid": pod.UID, "resourceVersion": pod.ResourceVersion},
+			"spec":     map[string]any{"ephemeralContainers": []corev1.EphemeralContainer{container}},
+		})
+		if err != nil {
+			return nil, err
+		}
+		g.closing.Lock()
+		g.added = true
+		g.closing.Unlock()
+		var changed corev1.Pod
+		err = b.cluster.patch(detachedCtx, g.at.namespace, "pods", g.at.name, "ephemeralcontainers", patch, &changed)
+		switch {
+		case err == nil:
+			return &changed, nil
+		case apierrors.IsConflict(err) && try < addTries:
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Duration(try+1) * 10 * time.Millisecond):
+			}
+		default:
+			return nil, targetFailed("add the ephemeral container", err)
+		}
+	}
+}
+
+// room says whether the pod may have one more.
+func (g *guest) room(pod *corev1.Pod) error {
+	most := cmp.Or(g.backend.config.Targets.MaxPerTarget, defaultPerTarget)
+	ever, live := 0, 0
+	for _, c := range pod.Spec.EphemeralContainers {
+		if !strings.HasPrefix(c.Name, targetPrefix) {
+			continue
+		}
+		ever++
+		if s := statusOf(pod.Status.EphemeralContainerStatuses, c.Name); s == nil || s.State.Terminated == nil {
+			live++
+		}
+	}
+	if live >= most {
+		return &backends.TextError{
+			Text: fmt.Sprintf("%d sessions have joined %s, the most allowed: try again later", live, g.at.name),
+			Err:  errors.New("kubernetes: max_per_target is reached"),
+		}
+	}
+	if ever >= maxEntries {
+		return &backends.TextError{
+			Text: fmt.Sprintf("%s has had %d sessions, the most that its specification is to hold: another pod, or a restarted one, will do", g.at.name, ever),
+			Err:  errors.New("kubernetes: the pod's ephemeral containers stay as long as it does"),
+		}
+	}
+	return nil
+}
+
+// lookEveryGuest is the time between looks at the pod while the container does not come up.
+const lookEveryGuest = time.Second
+
+// reach gets to the agent by its relay, and proves the gate to it.
+func (g *guest) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.Hello) error {
+	began := time.Now()
+	looked := began
+	spdy := g.backend.cluster.spdy.found.Load()
+	for {
+		client, err := g.try(ctx, spdy, key, hello)
+		if err == nil {
+			g.client = client
+			g.backend.cluster.spdy.found.Store(spdy)
+			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("kubernetes: reach the agent: %w; at last: %w", context.Cause(ctx), err)
+		}
+		if upgradeRefused(err) {
+			spdy = !spdy
+		}
+		wait := attempts(time.Since(began))
+		if status := answered(err); status != nil && apierrors.IsForbidden(status) {
+			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
+		}
+		if time.Since(looked) > lookEveryGuest {
+			looked = time.Now()
+			if why := g.look(ctx); why != nil {
+				return why
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// look says why the container will not come up; nil: it may.
+func (g *guest) look(ctx context.Context) error {
+	var pod corev1.Pod
+	err := g.backend.cluster.get(ctx, g.at.namespace, "pods", g.at.name, &pod)
+	if err != nil && !apierrors.IsNotFound(err) {
+		return nil
+	}
+	if why := g.targetFate(&pod, err != nil); why != nil {
+		return why
+	}
+	s := statusOf(pod.Status.EphemeralContainerStatuses, g.container)
+	switch {
+	case s == nil:
+	case s.State.Terminated != nil && s.State.Terminated.ExitCode == agent.ExitShared:
+		return &backends.TextError{
+			Text: "the target has processes of the session's own user, and the profile does not permit its files: tell an operator",
+			Err:  errors.New("kubernetes: a process of the target has the session's uid, which permit.target.files is for"),
+		}
+	case s.State.Terminated != nil:
+		t := s.State.Terminated
+		return &backends.TextError{Text: noStart, Err: fmt.Errorf("kubernetes: container %s ended: %s, exit code %d: %s", g.container, t.Reason, t.ExitCode, t.Message)}
+	case s.State.Waiting != nil:
+		if why := trouble(&corev1.Pod{Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{*s}}}); why != nil {
+			return why
+		}
+	}
+	return nil
+}
+
+// try makes one attempt.
+func (g *guest) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
+	if err := g.backend.tries.Wait(ctx); err != nil {
+		return nil, err
+	}
+	command := []string{insideAgent, "relay", "--socket", insideRelay}
+	if g.target.Processes {
+		command = append(command, "--pid", "0")
+	}
+	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, spdy, command...)
+	if err != nil {
+		return nil, err
+	}
+	client, err := agent.NewClient(ctx, stream, key, hello)
+	if err == nil {
+		return client, nil
+	}
+	stream.Close()
+	if why := stream.why(); why != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("%w: %w", err, why)
+	}
+	return nil, err
+}
+
+// targetFate says that the target is no more what was joined; nil: it is.
+func (g *guest) targetFate(pod *corev1.Pod, deleted bool) *backends.TextError {
+	die := func(text string, err error) *backends.TextError {
+		return &backends.TextError{Text: "the target " + g.at.name + " " + text, Err: fmt.Errorf("kubernetes: target %s/%s: %w", g.at.namespace, g.at.name, err)}
+	}
+	if deleted || pod.UID != g.uid {
+		return die("was deleted", errors.New("the pod is gone"))
+	}
+	whole := *pod
+	whole.Status.InitContainerStatuses, whole.Status.ContainerStatuses = nil, nil // of one that is sick they come and go
+	if short, why := fate(&whole, deleted); short != "" {
+		return die(short, errors.New(why))
+	}
+	if !g.target.Processes {
+		return nil // the network stays
+	}
+	s := statusOf(pod.Status.ContainerStatuses, containerOf(g.target, pod))
+	if s != nil && (s.State.Terminated != nil || s.RestartCount > g.restarts) {
+		return die("has ended", fmt.Errorf("container %s was restarted %d times before it was joined, %d now", s.Name, g.restarts, s.RestartCount))
+	}
+	return nil
+}
+
+// hear watches the target until ctx ends or its fate is known.
+func (g *guest) hear(ctx context.Context) {
+	told := func(why *backends.TextError) bool {
+		if why != nil {
+			g.mu.Lock()
+			if g.fate == nil {
+				g.fate = why
+			}
+			g.mu.Unlock()
+			// At once: a pod that is deleted waits for all its containers, and this one takes no signal.
+			g.client.Close()
+		}
+		return why != nil
+	}
+	wait := minRewatch
+	for {
+		began := time.Now()
+		var pod corev1.Pod
+		err := g.backend.cluster.get(ctx, g.at.namespace, "pods", g.at.name, &pod)
+		if err == nil || apierrors.IsNotFound(err) {
+			if told(g.targetFate(&pod, err != nil)) {
+				return
+			}
+			w, err := g.backend.cluster.watchOne(ctx, g.at.namespace, g.at.name, pod.ResourceVersion)
+			if err == nil {
+				for e := range w.ResultChan() {
+					if pod, ok := e.Object.(*corev1.Pod); ok && told(g.targetFate(pod, e.Type == "DELETED")) {
+						break
+					}
+				}
+				w.Stop()
+				g.mu.Lock()
+				known := g.fate != nil
+				g.mu.Unlock()
+				if known {
+					return
+				}
+			}
+		}
+		if time.Since(began) > time.Minute {
+			wait = minRewatch
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, maxRewatch)
+	}
+}
+
+// watch finds out why the sandbox ended.
+func (g *guest) watch() {
+	ctx, stop := context.WithCancel(context.Background())
+	heard := make(chan struct{})
+	go func() {
+		defer close(heard)
+		g.hear(ctx)
+	}()
+	defer close(g.done)
+	defer func() { stop(); <-heard }()
+	select {
+	case <-g.ended:
+		return
+	case <-g.client.Done():
+	}
+	g.err = g.client.Err()
+	// The target's end is the reason that says most; it is known a moment later.
+	limit := time.NewTimer(deathWait)
+	defer limit.Stop()
+	select {
+	case <-heard:
+	case <-g.ended:
+	case <-limit.C:
+	}
+	g.mu.Lock()
+	fate := g.fate
+	g.mu.Unlock()
+	switch {
+	case fate != nil:
+		g.err = fate
+	case g.err == nil:
+		g.err = errors.New("the sandbox ended")
+	}
+}
+
+func (g *guest) ID() string {
+	return g.at.namespace + "/" + g.at.name + "/" + g.container
+}
+
+func (g *guest) Info() backends.Info   { return g.info }
+func (g *guest) Done() <-chan struct{} { return g.done }
+
+func (g *guest) Err() error {
+	select {
+	case <-g.done:
+		return g.err
+	default:
+		return nil
+	}
+}
+
+func (g *guest) Exec(ctx context.Context, p backends.Process) (backends.ExitStatus, error) {
+	return g.client.Exec(ctx, p)
+}
+
+func (g *guest) Resolve(ctx context.Context, host string) ([]netip.Addr, error) {
+	return g.client.Resolve(ctx, host)
+}
+
+func (g *guest) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return g.client.DialContext(ctx, network, address)
+}
+
+func (g *guest) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	return g.client.Listen(ctx, network, address)
+}
+
+// Close implements backends.Sandbox.
+func (g *guest) Close(ctx context.Context) error {
+	g.endOnce.Do(func() { close(g.ended) })
+	g.client.Close()
+	err := g.remove(ctx)
+	<-g.done
+	return err
+}
+
+// Waits of remove: for an agent to end by itself, and from look to look.
+const (
+	ownEnd  = 3 * time.Second
+	endLook = 100 * time.Millisecond
+)
+
+// remove returns when the container does not run. An agent ends when its stream does; one that was stopped by its user, where it
+// is not the first process, is killed by a program that the cluster executes beside it.
+func (g *guest) remove(ctx context.Context) error {
+	g.closing.Lock()
+	defer g.closing.Unlock()
+	b := g.backend
+	defer func() {
+		b.mu.Lock()
+		delete(b.guests, g)
+		b.mu.Unlock()
+	}()
+	if g.gone || !g.added {
+		return nil
+	}
+	ctx, stop := detached(ctx)
+	defer stop()
+	if g.client != nil {
+		g.client.Close()
+	}
+	began := time.Now()
+	var last error
+	for {
+		var pod corev1.Pod
+		err := b.cluster.get(ctx, g.at.namespace, "pods", g.at.name, &pod)
+		switch {
+		case apierrors.IsNotFound(err) || err == nil && (pod.UID != g.uid || finished(&pod)):
+			g.gone = true
+			return nil
+		case err != nil:
+			last = err
+		default:
+			if there := slices.ContainsFunc(pod.Spec.EphemeralContainers, func(c corev1.EphemeralContainer) bool { return c.Name == g.container }); !there {
+				g.gone = true
+				return nil
+			}
+			if s := statusOf(pod.Status.EphemeralContainerStatuses, g.container); s != nil && s.State.Terminated != nil {
+				g.gone = true
+				return nil
+			}
+			if time.Since(began) > ownEnd {
+				last = g.kill(ctx)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("kubernetes: end the sandbox in %s: %w", g.ID(), errors.Join(context.Cause(ctx), last))
+		case <-time.After(endLook):
+		}
+	}
+}
+
+// kill has the cluster execute a program that kills all others of the container.
+func (g *guest) kill(ctx context.Context) error {
+	ctx, stop := context.WithTimeout(ctx, answerWait)
+	defer stop()
+	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, g.backend.cluster.spdy.found.Load(), insideAgent, "end")
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	stopRead := context.AfterFunc(ctx, func() { stream.Conn.Close() })
+	defer stopRead()
+	var b [256]byte
+	for {
+		if _, err := stream.Read(b[:]); err != nil {
+			return stream.why()
+		}
+	}
+}

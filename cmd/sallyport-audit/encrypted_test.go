@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/file"
+)
+
+const (
+	encryptedSample = "../../auditlog/testdata/v1-encrypted"
+	nativeAuditor   = "../../auditlog/testdata/auditor.age.txt"
+	hybridAuditor   = "../../auditlog/testdata/auditor.pq.age.txt"
+	sshAuditor      = "../../auditlog/testdata/auditor_ed25519"
+)
+
+// An encrypted log is verified by anyone, and read with an identity; who has none is told what is not shown.
+func TestEncrypted(t *testing.T) {
+	const text = "the cat sat on the payments"
+	bad := filepath.Join(t.TempDir(), "bad")
+	if err := os.WriteFile(bad, []byte("AGE-SECRET-KEY-1QQQ\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		code int
+		want []string // in stdout or stderr
+		none string   // not in either
+	}{
+		{[]string{"verify"}, 0, []string{"2 logs: 2 sealed", "encrypted to X25519, ssh-ed25519", "encrypted to mlkem768x25519"}, text},
+		{[]string{"verify", "-i", nativeAuditor}, 0, []string{"2 logs: 2 sealed"}, text},
+		{[]string{"show", "sample-encrypted"}, 1, []string{"session sample-encrypted: sealed", "not shown: 10 records of 1 logs", "to X25519, ssh-ed25519", "give an identity with -i"}, text},
+		{[]string{"show", "sample-encrypted", "-i", hybridAuditor}, 1, []string{"not shown: 10 records", "none of the identities given is a recipient"}, text},
+		{[]string{"show", "sample-encrypted", "-i", nativeAuditor}, 0, []string{text, "alice"}, "not shown"},
+		{[]string{"show", "sample-encrypted", "-i", hybridAuditor, "--identity", sshAuditor}, 0, []string{text}, "not shown"},
+		{[]string{"show", "sample-hybrid", "-i", hybridAuditor}, 0, []string{text}, "not shown"},
+		{[]string{"cat", "sample-hybrid"}, 1, []string{"not shown: 10 records"}, text},
+		{[]string{"cat", "sample-hybrid", "-i", hybridAuditor}, 0, []string{text, `"kind":"end"`}, "not shown"},
+		{[]string{"list", "-o", "json"}, 1, []string{`"id":"sample-hybrid"`, "not shown: 20 records of 2 logs", "X25519"}, "alice"},
+		{[]string{"list", "-i", sshAuditor}, 1, []string{"alice", "not shown: 10 records of 1 logs"}, text},
+		{[]string{"list", "-i", sshAuditor, "-i", hybridAuditor}, 0, []string{"alice"}, "not shown"},
+		{[]string{"files", "-i", sshAuditor}, 1, []string{"not shown: 10 records of 1 logs"}, text},
+		{[]string{"list", "-i", bad}, 1, []string{"--identity: ", "line 1: malformed identity"}, "KEY-1QQQ"},
+		{[]string{"list", "-i", "none"}, 1, []string{"--identity: ", "no such file"}, "alice"},
+	} {
+		out, errs, code := audit(t, append(c.args, "--store", encryptedSample)...)
+		if code != c.code || strings.Contains(out+errs, c.none) {
+			t.Errorf("%v: exit code %d\n%s%s", c.args, code, out, errs)
+		}
+		for _, w := range c.want {
+			if !strings.Contains(out+errs, w) {
+				t.Errorf("%v: no %q in\n%s%s", c.args, w, out, errs)
+			}
+		}
+	}
+}
+
+// writeIndexed writes sessions as a gate does that indexes them.
+func writeIndexed(t *testing.T, dir string, recipients []string, f func(l *auditlog.Log)) {
+	t.Helper()
+	store, err := file.NewStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := auditlog.Open(t.Context(), auditlog.Config{Spool: filepath.Join(t.TempDir(), "spool"), Index: true, Recipients: recipients}, testKey,
+		store, "gate-1", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f(l)
+	if err := l.Close(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A list takes what the index has, says so, and reads what it does not have; a log that was exchanged is read.
+func TestIndex(t *testing.T) {
+	recipient := func() string {
+		b, err := os.ReadFile(sshAuditor + ".pub")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}()
+	for _, recipients := range [][]string{nil, {recipient}} {
+		dir := t.TempDir()
+		two := func(l *auditlog.Log) {
+			for _, id := range []string{"s1", "s2"} {
+				session(t, l, id, map[uint32][]auditlog.Body{1: {&auditlog.Request{Type: "exec", Command: []byte("uptime " + id), OK: true}}})
+			}
+		}
+		writeIndexed(t, dir, recipients, two)
+		id := []string{"--store", dir, "-i", sshAuditor}
+		run := func(code int, want, none string, args ...string) {
+			t.Helper()
+			out, errs, got := audit(t, append(args, id...)...)
+			if got != code || !strings.Contains(out+errs, want) || none != "" && strings.Contains(out+errs, none) {
+				t.Errorf("%v: exit code %d, want %d with %q and without %q:\n%s%s", args, got, code, want, none, out, errs)
+			}
+		}
+		run(0, `"alerts":0,"input_bytes":0,"output_bytes":0,"cause":"client-left","state":"sealed","from_index":true`, "", "list", "-o", "json")
+		run(0, "sealed (index)", "", "list")
+		run(0, `"state":"sealed"`, "from_index", "list", "-o", "json", "--no-index")
+		run(0, "2 sessions, 2 indexed", "not there", "index", "status")
+		run(0, "2 logs compared: 0 otherwise in the index, 0 not usable from it", "", "index", "verify")
+		run(0, " 0 damaged;", "", "verify")
+		if recipients != nil {
+			id = []string{"--store", dir}
+			run(1, "not shown: ", "alice", "list", "-o", "json")
+			run(0, "2 sessions, 2 indexed", "", "index", "status")
+			id = []string{"--store", dir, "-i", sshAuditor}
+		}
+
+		// A session that was removed is named; one whose log is another is read.
+		log := func(id string) string {
+			found, err := filepath.Glob(filepath.Join(dir, "sessions", "*", "*", "*", id))
+			if err != nil || len(found) != 1 {
+				t.Fatal(found, err)
+			}
+			return found[0]
+		}
+		aside := filepath.Join(t.TempDir(), "s1")
+		gone := log("s1")
+		if err := os.Rename(gone, aside); err != nil {
+			t.Fatal(err)
+		}
+		run(0, "not there: s1", "s2", "index", "status")
+		if err := os.Rename(aside, gone); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(filepath.Join(log("s2"), "00000000.seg"), os.O_APPEND|os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteString("x"); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		run(0, `"state":"damaged"`, "", "list", "-o", "json")
+
+		// The index is lost: made anew from the logs, for the auditor alone.
+		if err := os.RemoveAll(filepath.Join(dir, "index")); err != nil {
+			t.Fatal(err)
+		}
+		run(0, `"state":"sealed"`, "from_index", "list", "-o", "json")
+		cache := filepath.Join(t.TempDir(), "cache")
+		run(1, "not there: make it with", "", "list", "--index-cache", cache)
+		run(0, "1 sessions in", "", "index", "rebuild", "--index-cache", cache)
+		info, err := os.Stat(cache)
+		if err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%v %v", info.Mode(), err)
+		}
+		run(0, `"from_index":true`, "", "list", "-o", "json", "--index-cache", cache)
+		run(1, "not a cache", "", "list", "--index-cache", nativeAuditor)
+		run(1, "say --index-cache", "", "index", "rebuild")
+	}
+}

@@ -1,0 +1,407 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/tlog"
+	"github.com/sallyport/sallyport/auditlog/verify"
+)
+
+// Exit codes of verify, beside those of all commands.
+const (
+	exitUnsealed = 3
+	exitStale    = 4
+)
+
+// codeError is one that has an exit code of its own.
+type codeError struct {
+	code int
+	text string
+}
+
+func (e *codeError) Error() string { return e.text }
+
+// verifyOptions are the flags of verify.
+type verifyOptions struct {
+	day, from, to string
+	since         []string
+	live          bool
+	beat          time.Duration
+	gates         []string
+	sealed, quiet bool
+	parallel      int
+}
+
+func (t *tool) verifyCommand() *cobra.Command {
+	var o verifyOptions
+	c := &cobra.Command{
+		Use: "verify [ID | STORE]", Short: "Prove a session, the sessions of some days, or all of a store", Args: cobra.MaximumNArgs(1),
+		Long: `Check hashes, order, signatures and seal of a session, or of all logs in a directory or bucket, or of all in --store; and that the
+gate's transparency log names them: what it names and the store does not have is missing. Of a whole store every object is read.
+Nothing but the store is asked, and the pinned keys.
+
+With --key, every signature must be by one of the keys in the file. Without, a log is checked against the key that it
+names itself, and said to be unpinned: that shows damage, but not a forger with a key of his own.
+
+A live log is one that has no last segment yet. That the newest objects were taken away can't be seen from a store by anyone, but by
+the age of the newest checkpoint (--live), or from a checkpoint that was kept elsewhere (--since; the command checkpoint prints one).
+
+Where old logs are deleted, as an expiry rule does, --from names the first day from which they must be there.
+
+Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there); 2 something is altered,
+cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end yet, or no checkpoint has it; 4 with
+--live: the newest checkpoint is too old. Of several, 2 comes before 4, and 4 before 3.`,
+		Example: `  sallyport-audit verify /mnt/evidence --key gate.pub
+  sallyport-audit verify latest
+  sallyport-audit verify s3://evidence/gate-1 --day 2026-11-24 --sealed --quiet
+  sallyport-audit verify s3://evidence/gate-1 --key gate.pub --live --since kept.checkpoint`,
+		RunE: func(c *cobra.Command, args []string) error {
+			arg := ""
+			if len(args) > 0 {
+				arg = args[0]
+			}
+			return t.verify(c.Context(), arg, o, c.OutOrStdout(), c.ErrOrStderr())
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.day, "day", "", "only logs that began on this day, YYYY-MM-DD (UTC)")
+	f.StringVar(&o.from, "from", "", "only logs that began on this day or later")
+	f.StringVar(&o.to, "to", "", "only logs that began on this day or before")
+	f.StringArrayVar(&o.since, "since", nil, "file of checkpoints that were kept: the store must go on from them")
+	f.BoolVar(&o.live, "live", false, "fail if the newest checkpoint is older than the beat: the gate is down, or objects were taken away")
+	f.DurationVar(&o.beat, "beat", time.Minute, "with --live: how old it may be")
+	f.StringSliceVar(&o.gates, "gate", nil, "with --live: gates that must each have so new a checkpoint (default: any one)")
+	f.BoolVar(&o.sealed, "sealed", false, "fail if a log has no end yet, or is in no checkpoint yet")
+	f.BoolVarP(&o.quiet, "quiet", "q", false, "print what is wrong, and the sum")
+	f.IntVar(&o.parallel, "parallel", 0, "how much is read at once (default: the processors, at least 4)")
+	return c
+}
+
+func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, stderr io.Writer) error {
+	dir := ""
+	if info, err := os.Stat(arg); strings.HasPrefix(arg, bucketScheme) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
+		dir, arg = arg, ""
+	}
+	options := verify.Options{Parallel: o.parallel}
+	var err error
+	if options.From, options.To, err = o.days(); err != nil {
+		return err
+	}
+	for _, name := range o.since {
+		kept, err := readCheckpoints(name)
+		if err != nil {
+			return err
+		}
+		options.Since = append(options.Since, kept...)
+	}
+	if arg != "" && (options.From != "" || options.To != "") {
+		return errors.New("verify: a session and days: name one of them")
+	}
+	src, err := t.open(dir)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	if options.Keys, err = t.keys(); err != nil {
+		return err
+	}
+	p := newVerifyProgress(stderr)
+	defer p.end()
+	options.Progress = p.show
+	options.Log = func(rep auditlog.Report) error {
+		if o.quiet && rep.State != auditlog.Damaged {
+			return nil
+		}
+		p.end()
+		return t.printReport(out, rep)
+	}
+	options.Problem = func(pr auditlog.Problem) error {
+		p.end()
+		if t.output == "json" {
+			return printJSON(out, pr)
+		}
+		_, err := fmt.Fprintf(out, "%-11s %s\n", auditlog.Damaged, clean(pr.Object()))
+		return err
+	}
+	options.Tree = func(tr verify.Tree) error {
+		p.end()
+		if o.quiet && len(tr.Problems) == 0 {
+			return nil
+		}
+		return t.printTree(out, tr)
+	}
+	v := verify.New(src, options)
+	var sum verify.Summary
+	if arg != "" {
+		log, err := find(ctx, src, arg)
+		if err != nil {
+			return err
+		}
+		sum, err = v.Log(ctx, log)
+		if err != nil {
+			return err
+		}
+	} else if sum, err = v.Store(ctx); err != nil {
+		return err
+	}
+	p.end()
+	if err := t.printSummary(out, sum, arg == ""); err != nil {
+		return err
+	}
+	return o.verdict(sum, arg == "", cmp.Or(dir, t.store, os.Getenv(storeEnv)))
+}
+
+// verdict is the exit code's error.
+func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error {
+	if sum.Damaged() {
+		return errDamaged
+	}
+	if all && sum.Total() == 0 && len(sum.Trees) == 0 {
+		return fmt.Errorf("there is no log in %s", store)
+	}
+	if o.live {
+		if err := o.stale(sum); err != nil {
+			return err
+		}
+	}
+	if o.sealed && sum.Unsealed() {
+		return &codeError{exitUnsealed, fmt.Sprintf("%d logs have no end yet, and %d are in no checkpoint yet", sum.Logs[auditlog.Live], sum.Waiting)}
+	}
+	return nil
+}
+
+// stale says which gate is not heard of.
+func (o verifyOptions) stale(sum verify.Summary) error {
+	newest := map[string]time.Time{"": sum.Newest}
+	for _, tr := range sum.Trees {
+		if tr.Newest.After(newest[tr.Gate]) {
+			newest[tr.Gate] = tr.Newest
+		}
+	}
+	gates := o.gates
+	if len(gates) == 0 {
+		gates = []string{""}
+	}
+	for _, g := range gates {
+		of := ""
+		if g != "" {
+			of = " of gate " + g
+		}
+		at := newest[g]
+		switch age := time.Since(at); {
+		case at.IsZero():
+			return &codeError{exitStale, "there is no checkpoint" + of}
+		case age > o.beat:
+			return &codeError{exitStale, fmt.Sprintf("the newest checkpoint%s is %s old: the gate is down, or its newest objects were taken away",
+				of, age.Round(time.Second))}
+		}
+	}
+	return nil
+}
+
+// days gives the bounds as they are in names.
+func (o verifyOptions) days() (from, to string, err error) {
+	if o.day != "" && (o.from != "" || o.to != "") {
+		return "", "", errors.New("--day is a day, --from and --to are a range: write one of them")
+	}
+	bounds := [2]string{cmp.Or(o.day, o.from), cmp.Or(o.day, o.to)}
+	for i, s := range bounds {
+		if s == "" {
+			continue
+		}
+		d, err := time.Parse("2006-01-02", strings.ReplaceAll(s, "/", "-"))
+		if err != nil {
+			return "", "", fmt.Errorf("%q is no day: write YYYY-MM-DD", s)
+		}
+		bounds[i] = d.Format("2006/01/02")
+	}
+	return bounds[0], bounds[1], nil
+}
+
+func (t *tool) printTree(out io.Writer, tr verify.Tree) error {
+	if t.output == "json" {
+		return printJSON(out, struct {
+			Kind string `json:"kind"`
+			verify.Tree
+		}{"transparency-log", tr})
+	}
+	state := "intact"
+	if len(tr.Problems) > 0 {
+		state = "damaged"
+	}
+	newest := "no checkpoint"
+	if !tr.Newest.IsZero() {
+		newest = fmt.Sprintf("the newest of %s, %s old", t.time(tr.Newest), time.Since(tr.Newest).Round(time.Second))
+	}
+	if tr.Ended {
+		newest += "; it ended there: the gate went on with another"
+	}
+	_, err := fmt.Fprintf(out, "%-11s %s  %d leaves, %d checkpoints, %s, key %s\n", state, tr.Origin, tr.Size, tr.Checkpoints, newest,
+		strings.Join(tr.Keys, " "))
+	for _, p := range tr.Problems {
+		fmt.Fprintf(out, "            %s\n", clean(p.Object()))
+	}
+	if tr.More > 0 {
+		fmt.Fprintf(out, "            and %d problems more\n", tr.More)
+	}
+	return err
+}
+
+func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
+	if t.output == "json" {
+		return printJSON(out, struct {
+			Kind string `json:"kind"`
+			verify.Summary
+		}{"summary", sum})
+	}
+	var b strings.Builder
+	if all {
+		fmt.Fprintf(&b, "%d logs: %d sealed, %d interrupted, %d live, %d damaged", sum.Total(), sum.Logs[auditlog.Sealed],
+			sum.Logs[auditlog.Interrupted], sum.Logs[auditlog.Live], sum.Logs[auditlog.Damaged])
+		if sum.Unpinned {
+			b.WriteString("; keys not pinned: see --key")
+		}
+		b.WriteString("\n")
+	}
+	note := func(n int, one, more string) {
+		switch {
+		case n == 1:
+			fmt.Fprintf(&b, "1 %s\n", one)
+		case n > 1:
+			fmt.Fprintf(&b, "%d %s\n", n, more)
+		}
+	}
+	note(sum.Missing, "log is missing", "logs are missing")
+	note(sum.Waiting, "sealed log is in no checkpoint yet", "sealed logs are in no checkpoint yet")
+	note(sum.Outside, "sealed log has no transparency log: its gate kept none", "sealed logs have no transparency log: their gate kept none")
+	note(sum.Foreign, "object is not a gate's", "objects are not a gate's")
+	if !sum.Newest.IsZero() {
+		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), time.Since(sum.Newest).Round(time.Second))
+	}
+	_, err := io.WriteString(out, b.String())
+	return err
+}
+
+// checkpointCommand prints what is worth keeping elsewhere.
+func (t *tool) checkpointCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "checkpoint [STORE]", Short: "Print the newest checkpoint of each transparency log, to keep elsewhere", Args: cobra.MaximumNArgs(1),
+		Long: `Print the newest checkpoint of each gate's transparency log, as C2SP signed notes, after proving the logs. Kept where the store's
+keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed.`,
+		Example: `  sallyport-audit checkpoint s3://evidence/gate-1 --key gate.pub > kept.checkpoint`,
+		RunE: func(c *cobra.Command, args []string) error {
+			dir := ""
+			if len(args) > 0 {
+				dir = args[0]
+			}
+			src, err := t.open(dir)
+			if err != nil {
+				return err
+			}
+			defer src.Close()
+			keys, err := t.keys()
+			if err != nil {
+				return err
+			}
+			sum, err := verify.New(src, verify.Options{Keys: keys}).Trees(c.Context())
+			if err != nil {
+				return err
+			}
+			for _, tr := range sum.Trees {
+				if len(tr.Problems) > 0 {
+					if err := t.printTree(c.ErrOrStderr(), tr); err != nil {
+						return err
+					}
+					continue
+				}
+				if tr.Ended {
+					continue
+				}
+				if _, err := c.OutOrStdout().Write(tr.Note); err != nil {
+					return err
+				}
+			}
+			switch {
+			case sum.Damaged():
+				return errDamaged
+			case len(sum.Trees) == 0:
+				return errors.New("there is no transparency log")
+			}
+			return nil
+		},
+	}
+}
+
+// readCheckpoints reads kept checkpoints: notes, one after the other, or a checkpoint's object.
+func readCheckpoints(name string) ([]*tlog.Checkpoint, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, fmt.Errorf("--since: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, tlog.MaxCheckpointBytes+1))
+	if err != nil {
+		return nil, fmt.Errorf("--since: %w", err)
+	}
+	if c, err := tlog.ParseCheckpoint(b); err == nil {
+		return []*tlog.Checkpoint{c}, nil
+	}
+	notes, err := tlog.ParseNotes(b)
+	if err != nil {
+		return nil, fmt.Errorf("--since %s: %w", name, err)
+	}
+	return notes, nil
+}
+
+// verifyProgress is a line on a terminal.
+type verifyProgress struct {
+	w io.Writer // nil: no terminal
+
+	mu    sync.Mutex // guards all below
+	last  time.Time
+	shown bool
+}
+
+func newVerifyProgress(w io.Writer) *verifyProgress {
+	p := &verifyProgress{last: time.Now()}
+	if f, ok := w.(*os.File); ok {
+		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+			p.w = w
+		}
+	}
+	return p
+}
+
+func (p *verifyProgress) show(objects int, bytes int64) {
+	if p.w == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.last) < time.Second/5 {
+		return
+	}
+	p.last, p.shown = time.Now(), true
+	fmt.Fprintf(p.w, "\r\x1b[K%d objects, %s", objects, size(uint64(bytes)))
+}
+
+// end takes the line away.
+func (p *verifyProgress) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.shown {
+		fmt.Fprint(p.w, "\r\x1b[K")
+		p.shown = false
+	}
+}
