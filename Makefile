@@ -4,9 +4,10 @@
 #               KUBECONFIG or one of its own, too (KUBERNETES=no: not on that)
 # make bench    the benchmarks beside sshd, the bare Docker API, and on Kubernetes (KUBERNETES=no: not on that)
 # make build    bin/sallyport, bin/sallyport-audit, bin/sallyport-agent
+# make release  archives for Linux, macOS and Windows with SHA256SUMS, in dist/
 # make lint     gofmt, go vet, staticcheck      make vuln   known vulnerabilities
 # make image    the server's image              make debug-image   the sandbox's
-.PHONY: build demo test bench lint vuln image debug-image clean
+.PHONY: build release demo test bench lint vuln image debug-image clean
 .DEFAULT_GOAL := build
 
 # Recipes take these from the environment: a value never becomes part of a shell command.
@@ -16,6 +17,9 @@ export PORT ONCE BACKEND KUBERNETES PKG TESTFLAGS BENCHFLAGS
 
 build:
 	@build/binaries
+
+release:
+	@build/release
 
 demo:
 	@build/demo
@@ -39,4 +43,4 @@ debug-image:
 	@images/build debug
 
 clean:
-	rm -rf bin demo
+	rm -rf bin demo dist

@@ -177,6 +177,8 @@ func (c *Converter) authenticate(rec auditlog.Record, b *auditlog.Authenticate) 
 		c.user = &User{Name: orUnknown(b.User), CredentialUID: text(b.Fingerprint)}
 	case "accepted-offer":
 		activity, status = 6, statusSuccess
+	case "asked": // which methods there are
+		activity, status = 6, statusUnknown
 	}
 	e := c.event(rec, Authentication, activity, "", status, severityInformational, "%s of %s by %s %s: %s", b.Method, b.User, b.KeyType, b.Fingerprint, b.Result)
 	e.User = &User{Name: orUnknown(b.User), CredentialUID: text(b.Fingerprint)}

@@ -98,7 +98,7 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
 		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.verifyCommand(), t.checkpointCommand(), t.indexCommand(),
-		t.importCommand(), t.versionCommand())
+		t.importCommand(), t.manCommand(), t.versionCommand())
 	return root
 }
 
