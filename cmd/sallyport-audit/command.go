@@ -257,19 +257,5 @@ func header(ctx context.Context, src auditlog.Source, name string) (auditlog.Hea
 	return s.Header(), nil
 }
 
-func printJSON(w io.Writer, v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	b = safeJSON(b)
-	if len(b) < 1<<20 {
-		b = append(b, '\n') // in one Write
-	} else if _, err := w.Write(b); err != nil {
-		return err
-	} else {
-		b = []byte{'\n'}
-	}
-	_, err = w.Write(b)
-	return err
-}
+// printJSON prints a line of JSON.
+func printJSON(w io.Writer, v any) error { return json.NewEncoder(safeLines{w}).Encode(v) }

@@ -93,16 +93,6 @@ func intoFile(name string, out io.Writer, f func(io.Writer) error) (err error) {
 	return err
 }
 
-// safeLines makes lines of JSON safe to print; each comes in one Write.
-type safeLines struct{ w io.Writer }
-
-func (s safeLines) Write(p []byte) (int, error) {
-	if _, err := s.w.Write(safeJSON(p)); err != nil {
-		return 0, err
-	}
-	return len(p), nil
-}
-
 func (t *tool) export(ctx context.Context, id string, o *exportOptions, out io.Writer) error {
 	l, err := t.openLogs("")
 	if err != nil {

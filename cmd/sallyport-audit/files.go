@@ -262,7 +262,7 @@ func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, patt
 				}
 			}
 		}
-		w.row(t.time(rec.Time), id, dash(clean(s.User)), clean(transferWord(b)), dash(clean(path)), bytes, clean(transferResult(b)), hash)
+		w.row(t.time(rec.Time), id, dash(clean(s.User)), clean(transferWord(b)), dash(clean(bounded(path))), bytes, clean(bounded(transferResult(b))), hash)
 		if w.err != nil {
 			return w.err
 		}

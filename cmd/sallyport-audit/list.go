@@ -97,7 +97,7 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection,
 	if t.output == "text" {
 		w = newTable(out, styleOf(out), 9, "ID", "USER", "TICKET", "SOURCE", "START", "DURATION", "COMMANDS", "BYTES", "ALERTS", "STATE", "CAUSE")
 	}
-	p := newProgress(stderr)
+	p := newProgress(out, stderr)
 	defer p.clear()
 	read := 0
 	err = l.summarizeAll(ctx, counted(s.logs(ctx, l.source), &read, p), s, func(_ auditlog.Stored, m *summary) error {

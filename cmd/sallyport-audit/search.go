@@ -132,7 +132,7 @@ func (t *tool) search(ctx context.Context, match func(string) (int, int), o *sea
 		return err
 	}
 	defer l.Close()
-	p := newProgress(stderr)
+	p := newProgress(out, stderr)
 	defer p.clear()
 	st := styleOf(out)
 	found, begun, damaged := 0, 0, false

@@ -104,9 +104,11 @@ type progress struct {
 	text string
 }
 
-func newProgress(stderr io.Writer) *progress {
+// newProgress tells on stderr, unless out is a pager, which has the terminal then.
+func newProgress(out, stderr io.Writer) *progress {
 	p := &progress{}
-	if _, ok := isTerminal(stderr); ok {
+	_, paging := out.(*pager)
+	if _, ok := isTerminal(stderr); ok && !paging {
 		p.w = stderr
 	}
 	return p
