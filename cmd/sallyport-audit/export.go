@@ -170,11 +170,7 @@ func (t *tool) exportText(ctx context.Context, r *auditlog.SessionReader, out io
 		}
 	}
 	lines := newRendering(func(l readLine) {
-		where := ""
-		if l.stream != auditlog.Output {
-			where = " (" + map[auditlog.Stream]string{auditlog.Input: "input", auditlog.Error: "error"}[l.stream] + ")"
-		}
-		printf("%s  %d%s  %s", t.time(l.at), l.channel, where, clean(l.text))
+		printf("%s  %d %-8s  %s", t.time(l.at), l.channel, l.where(), clean(l.text))
 	})
 	printf("# session %s", r.Report().ID)
 	for rec := range r.Records(ctx) {

@@ -17,10 +17,24 @@ const (
 
 // readLine is a line of a terminal, or of what was printed without one, as a person would have read it.
 type readLine struct {
-	channel uint32
-	stream  auditlog.Stream // Input: what the client sent where there was no terminal that would have echoed it
-	at      time.Time       // of its last change
-	text    string
+	channel  uint32
+	terminal bool
+	stream   auditlog.Stream // Input: what the client sent where there was no terminal that would have echoed it
+	at       time.Time       // of its last change
+	text     string
+}
+
+// where says by which way it went.
+func (l readLine) where() string {
+	switch {
+	case l.terminal:
+		return "terminal"
+	case l.stream == auditlog.Input:
+		return "input"
+	case l.stream == auditlog.Error:
+		return "error"
+	}
+	return "output"
 }
 
 // rendering turns a session's records into lines. Binary content is no exception: a zero byte shall not hide what stands beside it.
@@ -103,8 +117,10 @@ func (r *rendering) screen(key screenKey, at time.Time) *rendered {
 			r.end(oldest)
 		}
 		s = &rendered{last: at}
-		emit := func(text string, at time.Time) { r.emit(readLine{key.channel, key.stream, at, text}) }
-		if size, ok := r.sizes[key.channel]; ok && key.stream == auditlog.Output {
+		size, terminal := r.sizes[key.channel]
+		terminal = terminal && key.stream == auditlog.Output
+		emit := func(text string, at time.Time) { r.emit(readLine{key.channel, terminal, key.stream, at, text}) }
+		if terminal {
 			s.Screen = screen.New(size.columns, size.rows, emit)
 		} else {
 			s.Screen = screen.NewPlain(emit)

@@ -210,8 +210,11 @@ func (t *tool) reportHead(id string, o *reportOptions) reportHead {
 	h.Policy = "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'; base-uri 'none'; form-action 'none'"
 	if id == "" {
 		h.Period = "all sessions"
-		if !o.after.IsZero() || !o.before.IsZero() {
-			h.Period = "sessions that began from " + t.time(o.after) + " until before " + t.time(o.before)
+		if !o.after.IsZero() {
+			h.Period = "sessions that began at or after " + t.time(o.after)
+		}
+		if !o.before.IsZero() {
+			h.Period = map[bool]string{true: h.Period + ", and", false: "sessions that began"}[!o.after.IsZero()] + " before " + t.time(o.before)
 		}
 		for _, p := range []struct {
 			name   string
@@ -252,11 +255,7 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, 
 			s.LinesCut = true
 			return
 		}
-		where := fmt.Sprint(line.channel)
-		if line.stream != auditlog.Output {
-			where += " " + map[auditlog.Stream]string{auditlog.Input: "input", auditlog.Error: "error"}[line.stream]
-		}
-		s.Lines = append(s.Lines, reportLine{t.clock(line.at), where, clean(line.text)})
+		s.Lines = append(s.Lines, reportLine{t.clock(line.at), fmt.Sprint(line.channel, " ", line.where()), clean(line.text)})
 	})
 	r := l.reader(log)
 	defer l.count(r, m)

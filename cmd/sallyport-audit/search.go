@@ -36,7 +36,7 @@ type hit struct {
 	User     string    `json:"user,omitempty"`
 	Time     time.Time `json:"time"`
 	Channel  uint32    `json:"channel"`
-	Where    string    `json:"where"` // terminal, input, output, error, command, program, file
+	Where    string    `json:"where"` // terminal; input, output, error without one; command, program, file
 	Text     string    `json:"text"`  // the line, or the part of it around what was found
 	from, to int       // of what was found, in Text
 }
@@ -198,13 +198,7 @@ func searchLog(ctx context.Context, r *auditlog.SessionReader, match func(string
 		h.Text, h.from, h.to = around(text, from, to)
 		s.hits = append(s.hits, h)
 	}
-	lines := newRendering(func(l readLine) {
-		where := "terminal"
-		if l.stream != auditlog.Output {
-			where = map[auditlog.Stream]string{auditlog.Input: "input", auditlog.Error: "error"}[l.stream]
-		}
-		look(l.at, l.channel, where, l.text)
-	})
+	lines := newRendering(func(l readLine) { look(l.at, l.channel, l.where(), l.text) })
 	for rec := range r.Records(ctx) {
 		m.add(rec)
 		o.watch(m, rec)

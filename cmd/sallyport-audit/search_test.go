@@ -55,7 +55,7 @@ func TestSearch(t *testing.T) {
 		{"payroll", 0, []string{"file     1  /tmp/payroll.csv"}},
 		{"payroll --in terminal,command", 1, nil},
 		{"needle", 0, []string{"x needle y"}},
-		{"evilmark", 0, []string{`evilmark a\x1b[2J`, "terminal 1  evilmark a"}},
+		{"evilmark", 0, []string{`evilmark a\x1b[2J`, "output   1  evilmark a"}},
 	} {
 		text, flags, _ := strings.Cut(c.args, " -")
 		args := []string{"search", text, "--store", dir}
