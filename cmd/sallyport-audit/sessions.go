@@ -196,9 +196,11 @@ func (t *tool) completeSessions(c *cobra.Command, args []string, start string) (
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
 	defer src.Close()
-	const most = 200
+	const most, patience = 200, 3 * time.Second // a store may be large, or far away
+	ctx, cancel := context.WithTimeout(c.Context(), patience)
+	defer cancel()
 	names := []string{"latest"}
-	for log, err := range auditlog.Logs(c.Context(), src, auditlog.SessionPrefix) {
+	for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix) {
 		if err != nil || len(names) >= most {
 			break
 		}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -67,9 +68,12 @@ type pager struct {
 func (t *tool) paged(c *cobra.Command, f func(out io.Writer) error) error {
 	out := c.OutOrStdout()
 	name, set := os.LookupEnv("PAGER")
-	words := strings.Fields(cmp.Or(name, "less"))
+	if !set {
+		name = "less"
+	}
+	words := strings.Fields(name)
 	_, ok := isTerminal(out)
-	if !ok || t.noPager || set && name == "" || words[0] == "cat" {
+	if !ok || t.noPager || len(words) == 0 || words[0] == "cat" {
 		return f(out)
 	}
 	path, err := exec.LookPath(words[0])
@@ -99,7 +103,9 @@ func (t *tool) paged(c *cobra.Command, f func(out io.Writer) error) error {
 
 // progress tells on a terminal how far a long reading is. It is erased when that ends.
 type progress struct {
-	w    io.Writer // nil: nobody looks
+	w io.Writer // nil: nobody looks
+
+	mu   sync.Mutex // guards all below: who lists is not who prints
 	last time.Time
 	text string
 }
@@ -116,18 +122,32 @@ func newProgress(out, stderr io.Writer) *progress {
 
 // set shows a text, five times a second at most.
 func (p *progress) set(format string, args ...any) {
-	if p.w == nil || time.Since(p.last) < time.Second/5 {
+	if p.w == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.last) < time.Second/5 {
 		return
 	}
 	p.last = time.Now()
-	p.clear()
+	p.erase()
 	p.text = fmt.Sprintf(format, args...)
 	fmt.Fprint(p.w, p.text)
 }
 
 // clear erases it: something is to be printed.
 func (p *progress) clear() {
-	if p.w != nil && p.text != "" {
+	if p.w != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.erase()
+	}
+}
+
+// erase takes the text away. The lock is held.
+func (p *progress) erase() {
+	if p.text != "" {
 		fmt.Fprintf(p.w, "\r%s\r", strings.Repeat(" ", len(p.text)))
 		p.text = ""
 	}
