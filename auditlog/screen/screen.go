@@ -34,7 +34,7 @@ type Screen struct {
 	x, y          int
 	top, bottom   int  // of the region that scrolls; bottom is its last row
 	wrapNext      bool // the last column was written: the next character begins a new line
-	saved         [2]struct{ x, y int }
+	saved         [2]position
 	graphics      [2]bool // G0 and G1 are DEC's line drawing
 	shift         int     // which of them is in use
 	last          rune    // for REP
@@ -43,6 +43,8 @@ type Screen struct {
 
 	parser parser
 }
+
+type position struct{ x, y int }
 
 type row struct {
 	cells   []cell
@@ -374,13 +376,6 @@ func (s *Screen) moveTo(x, y int) {
 	s.x, s.y, s.wrapNext = min(max(0, x), s.columns-1), min(max(0, y), s.rows-1), false
 }
 
-func (s *Screen) screenOf(alternate bool) int {
-	if alternate {
-		return 1
-	}
-	return 0
-}
-
 // escape is an escape sequence that is no control sequence.
 func (s *Screen) escape(between, final byte) {
 	switch {
@@ -410,11 +405,16 @@ func (s *Screen) escape(between, final byte) {
 	}
 }
 
-func (s *Screen) save() { s.saved[s.screenOf(s.alternate)] = struct{ x, y int }{s.x, s.y} }
-func (s *Screen) restore() {
-	at := s.saved[s.screenOf(s.alternate)]
-	s.moveTo(at.x, at.y)
+// place is where the cursor of the screen that is shown was saved.
+func (s *Screen) place() *position {
+	if s.alternate {
+		return &s.saved[1]
+	}
+	return &s.saved[0]
 }
+
+func (s *Screen) save()    { *s.place() = position{s.x, s.y} }
+func (s *Screen) restore() { s.moveTo(s.place().x, s.place().y) }
 
 // sequence is a control sequence (ECMA-48, section 5.4).
 func (s *Screen) sequence(private byte, params []int, between, final byte) {

@@ -41,7 +41,7 @@ func (l readLine) where() string {
 type rendering struct {
 	emit    func(readLine)
 	screens map[screenKey]*rendered
-	sizes   map[uint32]size2 // of the channels that have a terminal
+	sizes   map[uint32]terminalSize // of the channels that have a terminal
 	count   int
 }
 
@@ -50,7 +50,7 @@ type screenKey struct {
 	stream  auditlog.Stream
 }
 
-type size2 struct{ columns, rows int }
+type terminalSize struct{ columns, rows int }
 
 type rendered struct {
 	*screen.Screen
@@ -59,7 +59,7 @@ type rendered struct {
 }
 
 func newRendering(emit func(readLine)) *rendering {
-	return &rendering{emit: emit, screens: make(map[screenKey]*rendered), sizes: make(map[uint32]size2)}
+	return &rendering{emit: emit, screens: make(map[screenKey]*rendered), sizes: make(map[uint32]terminalSize)}
 }
 
 func (r *rendering) add(rec auditlog.Record) {
@@ -93,7 +93,7 @@ func (r *rendering) request(rec auditlog.Record, b *auditlog.Request) {
 	if _, have := r.sizes[rec.Channel]; !have && (b.Type != "pty-req" || len(r.sizes) >= maxShownChannels) {
 		return
 	}
-	size := size2{clampInt(b.Columns), clampInt(b.Rows)}
+	size := terminalSize{clampInt(b.Columns), clampInt(b.Rows)}
 	r.sizes[rec.Channel] = size
 	if s := r.screens[screenKey{rec.Channel, auditlog.Output}]; s != nil {
 		s.Resize(size.columns, size.rows)
