@@ -5,9 +5,10 @@
 # make soak     the tests that kill the gate, cut the power and break disk and store, in their long form (an hour or so)
 # make bench    the benchmarks beside sshd, the bare Docker API, and on Kubernetes (KUBERNETES=no: not on that)
 # make build    bin/sallyport, bin/sallyport-audit, bin/sallyport-agent
+# make release  archives for Linux, macOS and Windows with SHA256SUMS, in dist/
 # make lint     gofmt, go vet, staticcheck      make vuln   known vulnerabilities
 # make image    the server's image              make debug-image   the sandbox's
-.PHONY: build demo test soak bench lint vuln image debug-image clean
+.PHONY: build release demo test soak bench lint vuln image debug-image clean
 .DEFAULT_GOAL := build
 
 # Recipes take these from the environment: a value never becomes part of a shell command.
@@ -17,6 +18,9 @@ export PORT ONCE BACKEND KUBERNETES PKG TESTFLAGS BENCHFLAGS
 
 build:
 	@build/binaries
+
+release:
+	@build/release
 
 demo:
 	@build/demo
@@ -43,4 +47,4 @@ debug-image:
 	@images/build debug
 
 clean:
-	rm -rf bin demo
+	rm -rf bin demo dist

@@ -211,6 +211,10 @@ func newBody(k Kind) Body {
 		return new(DataRest)
 	case KindForward:
 		return new(Forward)
+	case KindImport:
+		return new(Import)
+	case KindImportNote:
+		return new(ImportNote)
 	}
 	return nil
 }
@@ -266,6 +270,10 @@ func (k Kind) String() string {
 		return "data-rest"
 	case KindForward:
 		return "forward"
+	case KindImport:
+		return "import"
+	case KindImportNote:
+		return "import-note"
 	}
 	return fmt.Sprintf("kind-%d", uint8(k))
 }

@@ -66,6 +66,7 @@ type Recorder struct {
 	pending  int64  // bytes taken, not yet durable
 	oldest   time.Time
 	progress chan struct{} // closed when durable moves; nil while nobody waits
+	at       time.Time     // of the records to come; zero: now
 	err      error         // why the log is lost
 	closeErr error
 	entry    *Entry // in the index; nil: none
@@ -185,7 +186,7 @@ func (r *Recorder) settle() error {
 
 // add appends a record whose body is encoded, and gives its time. The lock is held and the record admitted.
 func (r *Recorder) add(channel uint32, kind Kind, body []byte) time.Time {
-	now, at := r.log.now(), r.log.wall()
+	now, at := r.log.now(), r.stamp()
 	before := r.grow(maxHead + len(body))
 	r.tail.b = append(appendHead(r.tail.b, r.next, at, channel, kind), body...)
 	r.tail.ends = kind == KindEnd
@@ -222,7 +223,7 @@ func (r *Recorder) dataPart(channel uint32, s Stream, p []byte, hidden, eof bool
 	if err := r.admit(overhead + len(p)); err != nil {
 		return err
 	}
-	now, at := r.log.now(), r.log.wall()
+	now, at := r.log.now(), r.stamp()
 	before := r.grow(overhead + len(p))
 	b := appendHead(r.tail.b, r.next, at, channel, KindData)
 	r.tail.b = appendData(b, s, p, hidden, eof)

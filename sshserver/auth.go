@@ -227,6 +227,9 @@ func (c *conn) askLogin(ctx context.Context, in authz.LoginInput) (authz.Login, 
 	return d, nil
 }
 
+// maxGroups is how many of a user's groups the log keeps: a record is bounded, whatever policy's data holds.
+const maxGroups = 256
+
 func (c *conn) recordDecision(in authz.LoginInput, d authz.Login) error {
 	permit, err := json.Marshal(d.Permit)
 	if err != nil {
@@ -236,6 +239,7 @@ func (c *conn) recordDecision(in authz.LoginInput, d authz.Login) error {
 		ID: d.ID, Revision: d.Revision, Allow: d.Allow, Reason: authz.Printable(d.Reason, 2000), User: in.User, Choice: in.Choice,
 		Ticket: d.Ticket, Profile: d.Profile, NotBefore: d.NotBefore, NotAfter: d.NotAfter,
 		Why: authz.Printable(d.Why, 1000), Approved: authz.Printable(d.Approved, 200), Permit: string(permit),
+		Groups: d.Groups[:min(len(d.Groups), maxGroups)],
 	})
 }
 

@@ -29,13 +29,14 @@ func (t *tool) catCommand() *cobra.Command {
 	var o catOptions
 	c := &cobra.Command{
 		Use: "cat ID", Short: "Print a log's records as JSON lines, or the exact bytes of a stream", Args: cobra.ExactArgs(1),
-		Long: `Print a log's records as JSON lines. Bytes are {"text": ...} where they are valid UTF-8, {"base64": ...} where not.
+		Long: `Print a log's records as JSON lines. Bytes are {"text": ...} where they are valid UTF-8 (and less than a MiB), {"base64": ...} where not.
 
 With --raw, the bytes of one stream of one channel are written as they were recorded, and nothing else. They are not made
 safe for a terminal: write them to a file.`,
 		Example: `  sallyport-audit cat latest
   sallyport-audit cat -f 01JD
   sallyport-audit cat 01JD --channel 1 --stream out --raw > output`,
+		ValidArgsFunction: t.completeSessions,
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, ok := streams[o.stream]; !ok && o.stream != "" {
 				return fmt.Errorf("--stream %q: want in, out or err", o.stream)
@@ -149,6 +150,9 @@ type line struct {
 	Body     any       `json:"body"`
 }
 
+// maxJSONText is what is written as text; no gate writes more into a record, and as text some bytes take six times their room.
+const maxJSONText = 1 << 20
+
 // jsonBytes are bytes as text, where they are that.
 type jsonBytes struct {
 	Text   *string `json:"text,omitempty"`
@@ -159,7 +163,7 @@ func newBytes(b []byte) *jsonBytes {
 	if len(b) == 0 {
 		return nil
 	}
-	if !utf8.Valid(b) {
+	if len(b) > maxJSONText || !utf8.Valid(b) {
 		return &jsonBytes{Base64: b}
 	}
 	s := string(b)
@@ -203,6 +207,11 @@ func newLine(rec auditlog.Record) line {
 			Stream string `json:"stream"`
 			SHA256 string `json:"sha256,omitempty"`
 		}{b, streamName(b.Stream), hex.EncodeToString(b.SHA256)}
+	case *auditlog.Import:
+		l.Body = struct {
+			*auditlog.Import
+			SHA256 string `json:"sha256"`
+		}{b, hex.EncodeToString(b.SHA256)}
 	case *auditlog.Unknown:
 		l.Body = map[string]string{"cbor": hex.EncodeToString(b.Raw)}
 	}

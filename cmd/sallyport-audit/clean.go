@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -39,14 +40,20 @@ func sanitize(s string, lines bool) string {
 	return b.String()
 }
 
-// safeJSON escapes what encoding/json leaves in strings and a terminal would obey or hide: DEL, C1 controls, and what
-// clean takes too. In JSON such characters can only stand in strings, so an escape there means the same.
-func safeJSON(b []byte) []byte {
-	if isPlain(b) {
-		return b
+// safeLines writes lines of JSON, whole ones in each Write, and escapes what encoding/json leaves in strings and a terminal would
+// obey or hide: DEL, C1 controls, and what clean takes too. In JSON such characters can only stand in strings, so an escape there
+// means the same.
+type safeLines struct{ w io.Writer }
+
+func (s safeLines) Write(p []byte) (int, error) {
+	const chunk = 64 << 10
+	if isPlain(p) {
+		return s.w.Write(p)
 	}
 	var out bytes.Buffer
-	for _, r := range string(b) {
+	for i := 0; i < len(p); {
+		r, n := utf8.DecodeRune(p[i:])
+		i += n
 		switch {
 		case r < 0x7f || unicode.IsGraphic(r) && !unicode.IsSpace(r) && !unicode.Is(unicode.Other, r):
 			out.WriteRune(r)
@@ -56,8 +63,14 @@ func safeJSON(b []byte) []byte {
 		default:
 			fmt.Fprintf(&out, `\u%04x`, r)
 		}
+		if out.Len() >= chunk {
+			if _, err := out.WriteTo(s.w); err != nil {
+				return 0, err
+			}
+		}
 	}
-	return out.Bytes()
+	_, err := out.WriteTo(s.w)
+	return len(p), err
 }
 
 func isPlain(b []byte) bool {

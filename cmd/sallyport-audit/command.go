@@ -29,6 +29,7 @@ type tool struct {
 	output  string
 	keyFile string
 	utc     bool
+	noPager bool
 
 	idFiles []string // of -i
 	cache   string   // file of an index that the auditor made
@@ -66,8 +67,12 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
-			if t.output != "text" && t.output != "json" {
-				return fmt.Errorf("--output %q: want text or json", t.output)
+			switch t.output {
+			case "table":
+				t.output = "text"
+			case "text", "json":
+			default:
+				return fmt.Errorf("--output %q: want table, text or json", t.output)
 			}
 			return nil
 		},
@@ -84,14 +89,16 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	f.StringVar(&t.bucket.Credentials, "credentials", "", "role: the S3 credential of this machine's or pod's role")
 	f.StringVar(&t.bucket.SSE.KeyFile, "sse-key-file", "", "key of a log that the gate puts with sse.type: customer")
 	f.BoolVar(&t.bucket.Insecure, "insecure", false, "permit an http:// endpoint on another machine")
-	f.StringVarP(&t.output, "output", "o", "text", "text or json")
+	f.StringVarP(&t.output, "output", "o", "table", "table (or text) to read, json to process")
 	f.StringVar(&t.keyFile, "key", "", "file of the public keys that may have signed, one \"ed25519 BASE64\" a line")
 	f.StringArrayVarP(&t.idFiles, "identity", "i", nil, "file of the identity that an encrypted log is read with, as of age -i; may be repeated (default $"+identityEnv+")")
 	f.StringVar(&t.cache, "index-cache", "", "file of an index that \"index rebuild\" made, beside the store's own")
-	f.BoolVar(&t.utc, "utc", false, "print times in UTC, not in the local zone")
-	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	f.BoolVar(&t.utc, "utc", false, "print, and take, times in UTC, not in the local zone")
+	f.BoolVar(&t.noPager, "no-pager", false, "do not start $PAGER, or less, on a terminal")
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
-		t.verifyCommand(), t.checkpointCommand(), t.indexCommand(), t.versionCommand())
+		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.verifyCommand(), t.checkpointCommand(), t.indexCommand(),
+		t.importCommand(), t.manCommand(), t.versionCommand())
 	return root
 }
 
@@ -99,10 +106,7 @@ func (t *tool) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			v := version
-			if info, ok := debug.ReadBuildInfo(); ok && v == "devel" {
-				v = cmp.Or(info.Main.Version, v)
-			}
+			v := toolVersion()
 			if t.output == "json" {
 				return printJSON(c.OutOrStdout(), map[string]any{"version": v, "format": auditlog.FormatVersion})
 			}
@@ -110,6 +114,13 @@ func (t *tool) versionCommand() *cobra.Command {
 			return err
 		},
 	}
+}
+
+func toolVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && version == "devel" {
+		return cmp.Or(info.Main.Version, version)
+	}
+	return version
 }
 
 // open opens the source, the store at if that is not empty.
@@ -246,11 +257,5 @@ func header(ctx context.Context, src auditlog.Source, name string) (auditlog.Hea
 	return s.Header(), nil
 }
 
-func printJSON(w io.Writer, v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	_, err = w.Write(append(safeJSON(b), '\n'))
-	return err
-}
+// printJSON prints a line of JSON.
+func printJSON(w io.Writer, v any) error { return json.NewEncoder(safeLines{w}).Encode(v) }

@@ -103,7 +103,7 @@ func TestIndex(t *testing.T) {
 				t.Errorf("%v: exit code %d, want %d with %q and without %q:\n%s%s", args, got, code, want, none, out, errs)
 			}
 		}
-		run(0, `"commands":["uptime s1"],"input_bytes":0,"output_bytes":0,"cause":"client-left","state":"sealed","from_index":true`, "", "list", "-o", "json")
+		run(0, `"alerts":0,"input_bytes":0,"output_bytes":0,"cause":"client-left","state":"sealed","from_index":true`, "", "list", "-o", "json")
 		run(0, "sealed (index)", "", "list")
 		run(0, `"state":"sealed"`, "from_index", "list", "-o", "json", "--no-index")
 		run(0, "2 sessions, 2 indexed", "not there", "index", "status")

@@ -11,8 +11,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -158,13 +158,25 @@ func newTransfer(b *auditlog.Transfer) jsonTransfer {
 }
 
 func (t *tool) filesCommand() *cobra.Command {
-	return &cobra.Command{
+	var s selection
+	c := &cobra.Command{
 		Use: "files [ID]", Short: "List transferred files, of all sessions or of one", Args: cobra.MaximumNArgs(1),
-		Long: `List what sftp and scp transferred, as the gate saw it pass: of all sessions, or of one. Paths are as the sandbox resolved
-them. A hash is of the whole file, or of the bytes that passed where that is said. What other programs carried (cat, tar, rsync) is
-not here: see show.`,
-		RunE: func(c *cobra.Command, args []string) error { return t.files(c.Context(), args, c.OutOrStdout()) },
+		Long: `List what sftp and scp transferred, as the gate saw it pass: of all sessions, of those that the flags choose, or of one. Paths are
+as the sandbox resolved them. A hash is of the whole file, or of the bytes that passed where that is said. What other programs carried
+(cat, tar, rsync) is not here: see show.`,
+		Example: `  sallyport-audit files latest
+  sallyport-audit files --since 1w --user 'ext-*'
+  sallyport-audit files --has-file .csv -o json`,
+		ValidArgsFunction: t.completeSessions,
+		RunE: func(c *cobra.Command, args []string) error {
+			if err := s.prepare(time.Now(), t.zone()); err != nil {
+				return err
+			}
+			return t.paged(c, func(out io.Writer) error { return t.files(c.Context(), oneOrMany(args), &s, out) })
+		},
 	}
+	s.flags(c.Flags())
+	return c
 }
 
 // listedFile is a line of files, as JSON.
@@ -179,54 +191,40 @@ type listedFile struct {
 	File    jsonTransfer `json:"transfer"`
 }
 
-func (t *tool) files(ctx context.Context, args []string, out io.Writer) error {
-	src, err := t.open("")
+func (t *tool) files(ctx context.Context, id string, s *selection, out io.Writer) error {
+	l, err := t.openLogs("")
 	if err != nil {
 		return err
 	}
-	defer src.Close()
-	keys, err := t.keys()
-	if err != nil {
-		return err
-	}
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	defer l.Close()
+	var w *table
 	if t.output == "text" {
-		fmt.Fprintln(w, "TIME\tSESSION\tUSER\tWHAT\tPATH\tBYTES\tRESULT\tSHA256")
+		w = newTable(out, styleOf(out), -1, "TIME", "SESSION", "USER", "WHAT", "PATH", "BYTES", "RESULT", "SHA256")
 	}
 	damaged := false
-	one := func(log auditlog.Stored) error {
-		r, err := t.reader(src, log, keys...)
-		if err != nil {
-			return err
-		}
-		err = t.sessionFiles(ctx, r, w, out)
-		t.countUnread(r.Report())
+	// A session is read once to choose it, and again for its files: they may be more than there is memory for.
+	one := func(log auditlog.Stored, m *summary) error {
+		r := l.reader(log)
+		defer l.count(r, m)
+		err := t.sessionFiles(ctx, r, s.file, w, out)
 		damaged = damaged || r.Report().State == auditlog.Damaged
 		return err
 	}
-	if len(args) > 0 {
-		log, err := find(ctx, src, args[0])
+	if id != "" {
+		log, err := find(ctx, l, id)
+		if err == nil {
+			err = one(log, nil)
+		}
 		if err != nil {
 			return err
 		}
-		if err := one(log); err != nil {
+	} else if err := l.summarizeAll(ctx, s.logs(ctx, l.source), s, one); err != nil {
+		return err
+	}
+	if w != nil {
+		if err := w.flush(); err != nil {
 			return err
 		}
-	} else {
-		for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix) {
-			if err != nil {
-				return err
-			}
-			if len(log.Segments) == 0 {
-				continue // verify says so
-			}
-			if err := one(log); err != nil {
-				return err
-			}
-		}
-	}
-	if err := w.Flush(); err != nil {
-		return err
 	}
 	if damaged {
 		return errDamaged
@@ -234,16 +232,16 @@ func (t *tool) files(ctx context.Context, args []string, out io.Writer) error {
 	return context.Cause(ctx)
 }
 
-func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, w *tabwriter.Writer, out io.Writer) error {
+func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, pattern string, w *table, out io.Writer) error {
 	s := summary{}
 	for rec := range r.Records(ctx) {
 		s.add(rec)
 		b, ok := rec.Body.(*auditlog.Transfer)
-		if !ok {
+		if !ok || pattern != "" && !slices.ContainsFunc(fileTexts(b), func(p []byte) bool { return contains(pattern, string(p)) }) {
 			continue
 		}
 		id := r.Report().ID
-		if t.output == "json" {
+		if w == nil {
 			if err := printJSON(out, listedFile{Session: id, User: s.User, Ticket: s.Ticket, Channel: rec.Channel, Time: rec.Time,
 				What: transferWord(b), Result: transferResult(b), File: newTransfer(b)}); err != nil {
 				return err
@@ -264,12 +262,12 @@ func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, w *t
 				}
 			}
 		}
-		if _, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.time(rec.Time), id, dash(clean(s.User)), clean(transferWord(b)),
-			dash(clean(path)), bytes, clean(transferResult(b)), hash); err != nil {
-			return err
+		w.row(t.time(rec.Time), id, dash(clean(s.User)), clean(transferWord(b)), dash(clean(bounded(path))), bytes, clean(bounded(transferResult(b))), hash)
+		if w.err != nil {
+			return w.err
 		}
 	}
-	return nil
+	return context.Cause(ctx)
 }
 
 // extraction says what of which file is wanted.
@@ -286,7 +284,9 @@ func (t *tool) extractCommand() *cobra.Command {
 		Long: `Give back the content of a file that was transferred in a session, and check it against the recorded hash. PATH is the path as
 asked or as resolved (for scp, the file's name will do too); of several transfers the last that has content counts. The profile must have
 said to keep content (transfer.content: full); what is beyond its limits is not there.`,
-		Example: "  sallyport-audit extract latest /home/sandbox/report.csv --out report.csv",
+		Example: `  sallyport-audit extract latest /home/sandbox/report.csv --out report.csv
+  sallyport-audit extract 01JD report.csv --stream output | sha256sum`,
+		ValidArgsFunction: t.completeSessions,
 		RunE: func(c *cobra.Command, args []string) error {
 			return t.extract(c.Context(), args[0], args[1], e, c.OutOrStdout())
 		},

@@ -50,8 +50,9 @@ func (t *tool) index(ctx context.Context, src auditlog.Source, keys []ed25519.Pu
 
 // indexedSummary is what an entry tells of a session.
 func indexedSummary(e auditlog.Entry) summary {
-	s := summary{ID: e.ID, User: e.User, Ticket: e.Ticket, Source: e.Source, Start: e.Start, End: e.End, Seconds: e.End.Sub(e.Start).Seconds(),
-		Commands: e.Commands, Input: e.Input, Output: e.Output, Cause: e.Cause, State: auditlog.Sealed, Indexed: true}
+	s := summary{ID: e.ID, User: e.User, Groups: e.Groups, Ticket: e.Ticket, Profile: e.Profile, Source: e.Source, Gate: e.Gate, Image: e.Image, Digest: e.Digest,
+		Start: e.Start, End: e.End, Seconds: e.End.Sub(e.Start).Seconds(), Commands: e.Commands, Programs: e.Programs, Files: e.Files, Forwards: e.Forwards,
+		Alerts: e.Alerts, Input: e.Input, Output: e.Output, Cause: e.Cause, State: auditlog.Sealed, Indexed: true}
 	if s.Commands == nil {
 		s.Commands = []string{}
 	}

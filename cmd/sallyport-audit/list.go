@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
+	"iter"
 	"os"
+	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,115 +16,140 @@ import (
 	"github.com/sallyport/sallyport/auditlog"
 )
 
-// maxListed bounds what a summary keeps of a session.
-const maxListed = 100
+// Bounds of what a summary keeps of a session.
+const (
+	maxListed     = 100
+	maxListedText = 4 << 10 // characters of a command
+)
 
 // summary is a session in a list.
 type summary struct {
 	ID       string           `json:"id"`
 	User     string           `json:"user,omitempty"`
-	Ticket   string           `json:"ticket,omitempty"`
+	Groups   []string         `json:"groups,omitempty"`
+	Ticket   string           `json:"ticket,omitempty"`  // the last that let the session go on
+	Tickets  []string         `json:"tickets,omitempty"` // all, where there were several
+	Profile  string           `json:"profile,omitempty"`
 	Source   string           `json:"source,omitempty"`
+	Gate     string           `json:"gate,omitempty"`
+	Image    string           `json:"image,omitempty"`
+	Digest   string           `json:"digest,omitempty"`
 	Start    time.Time        `json:"start"`
 	End      time.Time        `json:"end"` // time of the last record
 	Seconds  float64          `json:"seconds"`
 	Commands []string         `json:"commands"` // what was asked to run: "shell", commands, subsystems
+	Programs uint64           `json:"programs"` // executions that were reported from inside
+	Files    uint64           `json:"files"`    // operations on files that the gate saw
+	Forwards uint64           `json:"forwards"`
+	Alerts   uint64           `json:"alerts"`
 	Input    uint64           `json:"input_bytes"`
 	Output   uint64           `json:"output_bytes"`
 	Cause    string           `json:"cause,omitempty"`
+	Imported string           `json:"imported_from,omitempty"` // the format that the log was made from
 	State    auditlog.State   `json:"state"`
 	Indexed  bool             `json:"from_index,omitempty"` // the log was not read
 	Report   *auditlog.Report `json:"report,omitempty"`     // of a damaged one
+
+	hasCommand, hasFile bool // as a selection wants it
 }
 
 func (t *tool) listCommand() *cobra.Command {
-	var noIndex bool
+	var s selection
+	noIndex := false
 	c := &cobra.Command{
 		Use: "list [STORE]", Short: "List the sessions", Args: cobra.MaximumNArgs(1),
-		Long: `List the sessions. Of those that are marked "(index)" the log was not read: what is told of them is what the gate wrote into its
-index, signed. See --no-index, and verify.`,
+		Long: `List the sessions, in the order of the days on which they began. Flags restrict the list; several values of one flag are
+alternatives. The state is that of the log: sealed (whole), interrupted (the gate was killed; whole as far as it came), live, damaged.
+
+Of those that are marked "(index)" the log was not read: what is told of them, their state too, is what the gate wrote into its index,
+signed. It has a session's last ticket alone. See --no-index, and verify.`,
+		Example: `  sallyport-audit list /var/lib/sallyport/log
+  sallyport-audit list --user alice --since yesterday
+  sallyport-audit list --since 2026-03-01 --until 2026-03-31 --ticket 'OPS-*' -o json
+  sallyport-audit list --source 192.0.2.0/24 --has-command curl --alerts
+  sallyport-audit list --cause expired,revoked --state damaged,interrupted`,
 		RunE: func(c *cobra.Command, args []string) error {
-			dir := ""
-			if len(args) > 0 {
-				dir = args[0]
+			if err := s.prepare(time.Now(), t.zone()); err != nil {
+				return err
 			}
-			return t.list(c.Context(), dir, noIndex, c.OutOrStdout())
+			return t.paged(c, func(out io.Writer) error {
+				return t.list(c.Context(), oneOrMany(args), noIndex, &s, out, c.ErrOrStderr())
+			})
 		},
 	}
+	s.flags(c.Flags())
 	c.Flags().BoolVar(&noIndex, "no-index", false, "read every session's log")
 	return c
 }
 
-func (t *tool) list(ctx context.Context, dir string, noIndex bool, out io.Writer) error {
-	src, err := t.open(dir)
+func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection, out, stderr io.Writer) error {
+	l, err := t.openLogs(dir)
 	if err != nil {
 		return err
 	}
-	defer src.Close()
-	keys, err := t.keys()
-	if err != nil {
-		return err
+	defer l.Close()
+	if !noIndex {
+		if l.index, err = t.index(ctx, l.source, l.keys, s.after); err != nil {
+			return err
+		}
 	}
-	x, err := t.index(ctx, src, keys, time.Time{})
-	if err != nil {
-		return err
-	}
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	var w *table
 	if t.output == "text" {
-		fmt.Fprintln(w, "ID\tUSER\tTICKET\tSOURCE\tSTART\tDURATION\tCOMMANDS\tBYTES\tSTATE")
+		w = newTable(out, styleOf(out), 9, "ID", "USER", "TICKET", "SOURCE", "START", "DURATION", "COMMANDS", "BYTES", "ALERTS", "STATE", "CAUSE")
 	}
-	for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix) {
-		if err != nil {
-			return err
+	p := newProgress(out, stderr)
+	defer p.clear()
+	read := 0
+	err = l.summarizeAll(ctx, counted(s.logs(ctx, l.source), &read, p), s, func(_ auditlog.Stored, m *summary) error {
+		p.clear()
+		if w == nil {
+			return printJSON(out, m)
 		}
-		if len(log.Segments) == 0 {
-			continue // verify says so
-		}
-		var s summary
-		if e, ok := x.Entry(log); ok && !noIndex {
-			s = indexedSummary(e)
-			if e.Clear {
-				t.countUnread(auditlog.Report{Unread: e.Records})
-			}
-		} else {
-			r, err := t.reader(src, log, keys...)
-			if err != nil {
-				return err
-			}
-			s = summarize(ctx, r)
-			t.countUnread(r.Report())
-		}
-		if err := context.Cause(ctx); err != nil {
-			return err
-		}
-		if t.output == "json" {
-			if err := printJSON(out, s); err != nil {
-				return err
-			}
-			continue
-		}
-		state := string(s.State)
-		if s.Indexed {
+		state := string(m.State)
+		if m.Indexed {
 			state += fromIndex
 		}
-		commands := fmt.Sprint(len(s.Commands))
-		if len(s.Commands) == 1 {
-			commands = short(clean(s.Commands[0]), 40)
+		commands := fmt.Sprint(len(m.Commands))
+		if len(m.Commands) == 1 {
+			commands = short(clean(m.Commands[0]), 40)
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, dash(clean(s.User)), dash(clean(s.Ticket)), dash(clean(s.Source)),
-			t.time(s.Start), s.End.Sub(s.Start).Round(time.Second/10), commands, size(s.Input+s.Output), state)
+		w.row(m.ID, dash(clean(m.User)), dash(clean(m.Ticket)), dash(clean(m.Source)), t.time(m.Start),
+			m.End.Sub(m.Start).Round(time.Second/10).String(), commands, size(m.Input+m.Output), number(m.Alerts), state, dash(clean(m.Cause)))
+		return w.err
+	})
+	if w != nil && err == nil {
+		err = w.flush()
 	}
-	return w.Flush()
+	return err
 }
 
-// summarize reads a session.
-func summarize(ctx context.Context, r *auditlog.SessionReader) summary {
-	s := summary{Commands: []string{}}
-	for rec := range r.Records(ctx) {
-		s.add(rec)
+// counted tells on the way how many logs were begun.
+func counted(all iter.Seq2[auditlog.Stored, error], n *int, p *progress) iter.Seq2[auditlog.Stored, error] {
+	return func(yield func(auditlog.Stored, error) bool) {
+		for log, err := range all {
+			*n++
+			p.set("reading session %d, of %s ...", *n, log.Name.Day)
+			if !yield(log, err) {
+				return
+			}
+		}
 	}
-	rep := r.Report()
-	s.ID, s.State = rep.ID, rep.State
+}
+
+// summarize reads a session. s says what else to look for.
+func summarize(ctx context.Context, r *auditlog.SessionReader, s *selection) *summary {
+	m := &summary{Commands: []string{}}
+	for rec := range r.Records(ctx) {
+		m.add(rec)
+		s.watch(m, rec)
+	}
+	m.finish(r.Report())
+	return m
+}
+
+// finish adds what is known at the end.
+func (s *summary) finish(rep auditlog.Report) {
+	s.ID, s.State, s.Gate = rep.ID, rep.State, rep.Gate
 	if !rep.Start.IsZero() {
 		s.Start = rep.Start
 	}
@@ -133,7 +160,9 @@ func summarize(ctx context.Context, r *auditlog.SessionReader) summary {
 	if rep.State == auditlog.Damaged {
 		s.Report = &rep
 	}
-	return s
+	if len(s.Tickets) == 1 && s.Tickets[0] == s.Ticket {
+		s.Tickets = nil
+	}
 }
 
 func (s *summary) add(rec auditlog.Record) {
@@ -143,21 +172,18 @@ func (s *summary) add(rec auditlog.Record) {
 	s.End = rec.Time
 	switch b := rec.Body.(type) {
 	case *auditlog.Connect:
-		s.Source = b.Source
+		s.Source = bounded(b.Source)
 	case *auditlog.Authenticate:
 		if b.Result == "proven" {
-			s.User = b.User
+			s.User = bounded(b.User)
 		}
 	case *auditlog.Decision:
-		if b.User != "" {
-			s.User = b.User
-		}
-		if b.Ticket != "" {
-			s.Ticket = b.Ticket
-		}
+		s.addDecision(b)
+	case *auditlog.Sandbox:
+		s.Image, s.Digest = bounded(b.Image), bounded(b.Digest)
 	case *auditlog.Request:
 		if c := commandOf(b); c != "" && b.OK && len(s.Commands) < maxListed {
-			s.Commands = append(s.Commands, c)
+			s.Commands = append(s.Commands, bounded(c))
 		}
 	case *auditlog.Data:
 		if b.Stream == auditlog.Input {
@@ -165,8 +191,36 @@ func (s *summary) add(rec auditlog.Record) {
 		} else {
 			s.Output += uint64(len(b.Data))
 		}
+	case *auditlog.ProgramExec:
+		s.Programs += max(1, uint64(b.Again))
+	case *auditlog.Transfer:
+		s.Files++
+	case *auditlog.Forward:
+		s.Forwards++
+	case *auditlog.Alert, *auditlog.Unaudited:
+		s.Alerts++
+	case *auditlog.Import:
+		s.Imported = bounded(b.Format)
 	case *auditlog.End:
-		s.Cause = b.Cause
+		s.Cause = bounded(b.Cause)
+	}
+}
+
+func (s *summary) addDecision(b *auditlog.Decision) {
+	s.User = cmp.Or(bounded(b.User), s.User)
+	s.Profile = cmp.Or(bounded(b.Profile), s.Profile)
+	if len(b.Groups) > 0 {
+		s.Groups = nil
+		for _, g := range b.Groups[:min(len(b.Groups), maxListed)] {
+			s.Groups = append(s.Groups, bounded(g))
+		}
+	}
+	if b.Ticket == "" {
+		return
+	}
+	s.Ticket = bounded(b.Ticket)
+	if len(s.Tickets) < maxListed && !slices.Contains(s.Tickets, s.Ticket) {
+		s.Tickets = append(s.Tickets, s.Ticket)
 	}
 }
 
@@ -193,6 +247,14 @@ func (t *tool) time(v time.Time) string {
 	return v.Local().Format("2006-01-02 15:04:05")
 }
 
+// number is a count, or a dash for none.
+func number(n uint64) string {
+	if n == 0 {
+		return "-"
+	}
+	return fmt.Sprint(n)
+}
+
 func dash(s string) string {
 	if s == "" {
 		return "-"
@@ -200,12 +262,22 @@ func dash(s string) string {
 	return s
 }
 
+// short is s, or its first n-1 characters with a mark that there were more.
 func short(s string, n int) string {
-	if r := []rune(s); len(r) > n {
-		return string(r[:n-1]) + "…"
+	count, cut := 0, 0
+	for i := range s {
+		if count == n-1 {
+			cut = i
+		}
+		if count++; count > n {
+			return strings.Clone(s[:cut]) + "…"
+		}
 	}
 	return s
 }
+
+// bounded cuts a text that a summary keeps.
+func bounded(s string) string { return short(s, maxListedText) }
 
 func size(n uint64) string {
 	switch {

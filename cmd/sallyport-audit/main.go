@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 )
 
@@ -24,7 +25,14 @@ const (
 // errDamaged is returned, after the output that says how, when a log is damaged.
 var errDamaged = errors.New("damaged")
 
+// memoryLimit is what the collector works to stay below. A log may be of any size; what is kept of it is bounded, and all together
+// shall take less than 200 MiB.
+const memoryLimit = 128 << 20
+
 func main() {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	stop()
@@ -37,7 +45,7 @@ func exitCode(err error, stderr io.Writer) int {
 		return 0
 	case errors.Is(err, errDamaged):
 		return exitDamaged
-	case errors.Is(err, context.Canceled), errors.Is(err, syscall.EPIPE):
+	case errors.Is(err, context.Canceled), errors.Is(err, syscall.EPIPE), errors.Is(err, errNothing), errors.Is(err, errSilent):
 		return exitError
 	}
 	fmt.Fprintln(stderr, "sallyport-audit:", clean(err.Error()))

@@ -113,7 +113,7 @@ func TestSample(t *testing.T) {
 		{[]string{"show", "../x", "--store", sample}, 1, []string{"not a session's ID"}},
 		{[]string{"list", "--store", sample + "/none"}, 1, []string{"no such file"}},
 		{[]string{"list", "--store", "ftp://bucket"}, 1, []string{"want a directory or"}},
-		{[]string{"list", "-o", "xml"}, 1, []string{"want text or json"}},
+		{[]string{"list", "-o", "xml"}, 1, []string{"want table, text or json"}},
 		{[]string{"version"}, 0, []string{"sallyport-audit"}},
 	} {
 		out, errs, code := audit(t, c.args...)

@@ -51,6 +51,7 @@ type programs struct {
 	strange []*auditlog.ProgramStart
 	outside []*auditlog.Unaudited
 	count   int
+	kept    int // bytes
 	cut     int
 }
 
@@ -68,7 +69,7 @@ func (p *programs) add(rec auditlog.Record) bool {
 			}
 			return true
 		}
-		if p.full() {
+		if p.full(b) {
 			return true
 		}
 		n := &program{exec: b, at: timeOf(b.Time, rec.Time), script: p.scripts[string(b.Script)]}
@@ -79,15 +80,21 @@ func (p *programs) add(rec auditlog.Record) bool {
 		}
 		p.byExec[b.Exec] = n
 	case *auditlog.ProgramStart:
-		if n := p.byExec[b.Exec]; n != nil {
+		if n := p.byExec[b.Exec]; n != nil && n.start == nil {
+			if weight(b) > maxLine && p.full(b) {
+				return true
+			}
 			n.start = b
 			if by := p.byExec[n.exec.By]; by != nil && by.exec.PID == n.exec.PID && by.became == nil {
 				by.became = n
 			}
-		} else if !p.full() {
+		} else if !p.full(b) {
 			p.strange = append(p.strange, b)
 		}
 	case *auditlog.ProgramEnd:
+		if weight(b) > maxLine && p.full(b) {
+			return true
+		}
 		n := p.byExec[b.Exec]
 		if n != nil {
 			n.end = b
@@ -102,20 +109,20 @@ func (p *programs) add(rec auditlog.Record) bool {
 		}
 	case *auditlog.ConnectOut:
 		switch n := p.byExec[b.Exec]; {
-		case p.full():
+		case p.full(b):
 		case n != nil:
 			n.connects = append(n.connects, b)
 		default:
 			p.loose = append(p.loose, b)
 		}
 	case *auditlog.Script:
-		if !p.full() {
-			s := *b
-			s.Data = nil
+		s := *b
+		s.Data = nil
+		if !p.full(&s) {
 			p.scripts[string(b.Hash)] = &s
 		}
 	case *auditlog.Unaudited:
-		if !p.full() {
+		if !p.full(b) {
 			p.outside = append(p.outside, b)
 		}
 	default:
@@ -125,12 +132,14 @@ func (p *programs) add(rec auditlog.Record) bool {
 }
 
 // full says whether there is no room for one more, and takes it.
-func (p *programs) full() bool {
-	if p.count >= p.limit {
+func (p *programs) full(b auditlog.Body) bool {
+	n := weight(b)
+	if p.count >= p.limit || p.kept+n > maxKept {
 		p.cut++
 		return true
 	}
 	p.count++
+	p.kept += n
 	return false
 }
 
@@ -380,7 +389,12 @@ All this is reported from inside the sandbox, by the agent: the gate has not see
 to start: its file may not have been there. "became the next one" is a program in whose process another was executed in its
 place. "file" is there where the arguments would let one think of another file, "in" where the directory is not that of the program
 before it. What a shell or an interpreter does by itself is no program of its own, and is not known: see docs/what-is-recorded.md.`,
-		RunE: func(c *cobra.Command, args []string) error { return t.commands(c.Context(), args[0], c.OutOrStdout()) },
+		Example: `  sallyport-audit commands latest
+  sallyport-audit commands 01JD -o json`,
+		ValidArgsFunction: t.completeSessions,
+		RunE: func(c *cobra.Command, args []string) error {
+			return t.paged(c, func(out io.Writer) error { return t.commands(c.Context(), args[0], out) })
+		},
 	}
 }
 

@@ -70,6 +70,12 @@ func TestBucket(t *testing.T) {
 		{[]string{"verify", "s1", "--store", url}, "sealed"},
 		{[]string{"verify", url}, "2 logs: 1 sealed, 0 interrupted, 1 live, 0 damaged"},
 		{[]string{"show", "s2", "--store", url}, "192.0.2.7"},
+		{[]string{"list", url, "--since", "1h", "--has-command", "date"}, "alice"},
+		{[]string{"search", "noon", "--store", url}, "noon"},
+		{[]string{"export", "s1", "-f", "asciicast-v3", "--store", url}, `"noon\r\n"`},
+		{[]string{"export", "-f", "ocsf", "--since", "1h", "--store", url}, `"class_uid":4007`},
+		{[]string{"report", "s1", "--store", url}, "Session s1"},
+		{[]string{"play", "s1", "--store", url}, "noon"},
 	} {
 		if out, errs, code := audit(t, c.args...); code != 0 || !strings.Contains(out, c.want) {
 			t.Errorf("%v: code %d, want %q\n%s%s", c.args, code, c.want, out, errs)

@@ -31,6 +31,20 @@ type account struct {
 	channels []*channel
 	byNumber map[uint32]*channel
 	cut      int // events that found no room
+	kept     int // bytes of bodies that are kept
+}
+
+// maxKept bounds the bytes of the records that an account, or a tree of programs, keeps.
+const maxKept = 16 << 20
+
+// room says whether a record's body still has room, and takes it.
+func (a *account) room(b auditlog.Body) bool {
+	n := weight(b)
+	if a.kept+n > maxKept {
+		return false
+	}
+	a.kept += n
+	return true
 }
 
 // channel is what show says of a channel.
@@ -61,30 +75,31 @@ func (t *tool) showCommand() *cobra.Command {
 asked for on each channel (the number before it), which programs ran, what they connected to, which files went which way, how it
 ended. Each line says who vouches for it: the gate, which has seen it; the sandbox's agent, inside; or nobody. Then what was typed and
 printed. Output is made safe to print: see cat --raw for the exact bytes.`,
-		RunE: func(c *cobra.Command, args []string) error { return t.show(c.Context(), args[0], c.OutOrStdout()) },
+		Example: `  sallyport-audit show latest
+  sallyport-audit show 01JD --utc -o json`,
+		ValidArgsFunction: t.completeSessions,
+		RunE: func(c *cobra.Command, args []string) error {
+			return t.paged(c, func(out io.Writer) error { return t.show(c.Context(), args[0], out) })
+		},
 	}
 }
 
 func (t *tool) show(ctx context.Context, id string, out io.Writer) error {
 	return t.withSession(ctx, id, func(_ auditlog.Source, r *auditlog.SessionReader) error {
-		a := account{byNumber: make(map[uint32]*channel), inside: newPrograms(maxShownPrograms)}
+		a := newAccount()
 		for rec := range r.Records(ctx) {
 			a.add(rec)
 		}
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		a.report = r.Report()
-		a.ID, a.State = a.report.ID, a.report.State
-		if a.End.After(a.Start) {
-			a.Seconds = a.End.Sub(a.Start).Seconds()
-		}
+		a.end(r.Report())
 		var err error
 		if t.output == "json" {
 			err = printJSON(out, a.json())
 		} else {
 			w := &textWriter{w: out, lead: "  "}
-			t.tell(w, &a)
+			t.tell(w, a)
 			err = w.err
 		}
 		if err == nil && a.State == auditlog.Damaged {
@@ -94,13 +109,24 @@ func (t *tool) show(ctx context.Context, id string, out io.Writer) error {
 	})
 }
 
+func newAccount() *account {
+	return &account{byNumber: make(map[uint32]*channel), inside: newPrograms(maxShownPrograms)}
+}
+
+// end takes the verdict, after the last record.
+func (a *account) end(rep auditlog.Report) {
+	a.report = rep
+	a.finish(rep)
+	a.summary.Report = nil // json has it
+}
+
 func (a *account) add(rec auditlog.Record) {
 	a.summary.add(rec)
 	if rec.Channel == 0 && a.inside.add(rec) {
 		return
 	}
 	if rec.Channel == 0 {
-		if len(a.events) < maxShownEvents || rec.Body.Kind() == auditlog.KindEnd {
+		if len(a.events) < maxShownEvents && a.room(rec.Body) || rec.Body.Kind() == auditlog.KindEnd {
 			a.events = append(a.events, rec)
 		} else {
 			a.cut++
@@ -126,25 +152,28 @@ func (a *account) add(rec auditlog.Record) {
 			c.hidden++
 		}
 		if int(b.Stream) < len(c.streams) {
-			c.streams[b.Stream].add(b.Data)
+			c.streams[b.Stream].add(b.Data, &a.kept)
 		}
 		return
 	case *auditlog.ChannelOpen:
-		c.opened = rec
+		if a.room(b) {
+			c.opened = rec
+		}
 		return
 	case *auditlog.Content:
 		return // see extract
 	case *auditlog.Request:
 		c.pty = c.pty || b.Type == "pty-req" && b.OK
 	}
-	if len(c.events) < maxShownEvents || rec.Body.Kind() == auditlog.KindExit {
+	if len(c.events) < maxShownEvents && a.room(rec.Body) || rec.Body.Kind() == auditlog.KindExit {
 		c.events = append(c.events, rec)
 	} else {
 		c.cut++
 	}
 }
 
-func (s *shownStream) add(p []byte) {
+// add takes bytes; kept is what all that an account keeps has already.
+func (s *shownStream) add(p []byte, kept *int) {
 	s.bytes += uint64(len(p))
 	s.head = append(s.head, p[:min(len(p), 9-len(s.head))]...)
 	s.binary = s.binary || bytes.IndexByte(p, 0) >= 0
@@ -152,13 +181,15 @@ func (s *shownStream) add(p []byte) {
 		s.text.Reset()
 		return
 	}
-	if room := maxShownText - s.text.Len(); room <= 0 {
+	if room := min(maxShownText-s.text.Len(), (maxKept-*kept)/6); room <= 0 {
 		s.cut = s.cut || len(p) > 0
 		return
 	} else if len(p) > room {
 		p, s.cut = p[:room], true
 	}
+	before := s.text.Len()
 	s.text.WriteString(s.term.add(p))
+	*kept += s.text.Len() - before
 }
 
 // textWriter keeps the first error.
@@ -227,21 +258,37 @@ const (
 
 // moment is a line or more of the account.
 type moment struct {
-	at   time.Time
-	lead string
-	tell func(*textWriter)
+	at      time.Time
+	who     string
+	channel uint32 // 0: the connection
+	tell    func(*textWriter)
 }
 
 // tellAccount tells all that happened, in the order of time.
 func (t *tool) tellAccount(w *textWriter, a *account) {
-	var all []moment
-	add := func(at time.Time, who string, channel uint32, tell func(*textWriter)) {
+	all, cut := t.moments(a)
+	w.line("")
+	w.line("what happened (gate: seen by the gate; inside: reported from inside; ?: not known)")
+	for _, m := range all {
 		number := ""
-		if channel > 0 {
-			number = fmt.Sprint(channel)
+		if m.channel > 0 {
+			number = fmt.Sprint(m.channel)
 		}
-		all = append(all, moment{at, fmt.Sprintf("  %s %-6s %3s  ", t.clock(at), who, number), tell})
+		w.lead = fmt.Sprintf("  %s %-6s %3s  ", t.clock(m.at), m.who, number)
+		m.tell(w)
 	}
+	w.lead = "  "
+	if cut > 0 {
+		w.line("  and %d records more: see cat", cut)
+	}
+}
+
+// moments gives all that is told, in the order of time, and how many records found no room.
+func (t *tool) moments(a *account) (all []moment, cut int) {
+	add := func(at time.Time, who string, channel uint32, tell func(*textWriter)) {
+		all = append(all, moment{at, who, channel, tell})
+	}
+	cut = a.cut
 	inside := func(p *programs, channel uint32) {
 		for _, l := range p.lines(p.roots, true) {
 			add(l.at, byInside, channel, func(w *textWriter) {
@@ -251,7 +298,7 @@ func (t *tool) tellAccount(w *textWriter, a *account) {
 				}
 			})
 		}
-		a.cut += p.cut
+		cut += p.cut
 	}
 	told := false
 	for _, rec := range a.events {
@@ -273,19 +320,10 @@ func (t *tool) tellAccount(w *textWriter, a *account) {
 			add(c.opened.Time, byNobody, c.number, func(w *textWriter) { w.field("files", "not known: "+what) })
 		}
 		inside(c.inside, c.number)
-		a.cut += c.cut
+		cut += c.cut
 	}
-	w.line("")
-	w.line("what happened (gate: seen by the gate; inside: reported from inside; ?: not known)")
 	slices.SortStableFunc(all, func(a, b moment) int { return a.at.Compare(b.at) })
-	for _, m := range all {
-		w.lead = m.lead
-		m.tell(w)
-	}
-	w.lead = "  "
-	if a.cut > 0 {
-		w.line("  and %d records more: see cat", a.cut)
-	}
+	return all, cut
 }
 
 // untold says why the log does not tell which files went over the channel, if it looks as if some had.
@@ -355,6 +393,11 @@ func (t *tool) tellEvent(w *textWriter, rec auditlog.Record) {
 		w.field("ALERT", b.Name, b.Detail)
 	case *auditlog.End:
 		w.field("end", b.Cause, b.Detail, t.time(rec.Time))
+	case *auditlog.Import:
+		w.field("imported", b.Format, "file "+b.File, fmt.Sprintf("sha256 %x", b.SHA256), t.time(b.Time), b.Version)
+		w.field("", b.Statement)
+	case *auditlog.ImportNote:
+		w.field("import", fmt.Sprintf("message of type %d", b.Type), b.Text)
 	case *auditlog.Refused:
 		w.field("refused", fmt.Sprintf("%d from %s", b.Count, b.Source), b.Client, labelled("users", strings.Join(b.Users, " ")),
 			labelled("keys", strings.Join(b.Fingerprints, " ")), b.Reason, t.time(b.First)+" to "+t.time(b.Last))
@@ -411,6 +454,8 @@ func (t *tool) tellChannelEvent(w *textWriter, rec auditlog.Record) {
 		t.tellForward(w, b)
 	case *auditlog.Exit:
 		w.field("exit", exitText(b), b.Error)
+	case *auditlog.ImportNote:
+		w.field("import", fmt.Sprintf("message of type %d", b.Type), b.Text)
 	}
 }
 

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/binary"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/fxamacker/cbor/v2"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+// containerSSH writes a file as ContainerSSH does: a message after the other in version 2, without an end of the compression.
+func containerSSH(t *testing.T, name, connection string, messages ...[]any) {
+	t.Helper()
+	var b bytes.Buffer
+	b.WriteString("ContainerSSH-Auditlog" + strings.Repeat("\x00", 11))
+	z := gzip.NewWriter(&b)
+	if err := binary.Write(&b, binary.LittleEndian, uint64(2)); err != nil {
+		t.Fatal(err)
+	}
+	for i, m := range messages {
+		var channel any
+		if len(m) > 2 {
+			channel = m[2]
+		}
+		c, err := cbor.Marshal(map[string]any{"connectionId": connection, "timestamp": 1_700_000_000_000_000_000 + int64(i)*1_000_000_000, "type": m[0], "payload": m[1], "channelId": channel})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := z.Write(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := z.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestImport(t *testing.T) {
+	type p = map[string]any
+	from, to := t.TempDir(), filepath.Join(t.TempDir(), "archive")
+	shell := [][]any{{0, p{"remoteAddr": "192.0.2.7"}}, {100, p{"username": "bob", "password": []byte("hunter2")}}, {101, p{"username": "bob", "password": []byte("hunter2")}},
+		{301, p{"channelType": "session"}, 0}, {404, p{"requestId": 1, "term": "xterm", "columns": 80, "rows": 25}, 0}, {405, p{"requestId": 2}, 0},
+		{500, p{"stream": 1, "data": []byte("bob$ \x1b]52;c;cm0=\x07")}, 0}, {500, p{"stream": 1, "data": []byte("the nee\x1b[1mdle\r\n")}, 0}, {499, p{"exitStatus": 3}, 0}, {1, nil}}
+	containerSSH(t, filepath.Join(from, "one"), "0123abcd", shell...)
+	containerSSH(t, filepath.Join(from, "two"), "../../escape\x1b[2J", shell[:7]...)
+	if err := os.WriteFile(filepath.Join(from, "note\x1b.txt"), []byte("not a log"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	key := filepath.Join(t.TempDir(), "key.pem")
+	if _, err := auditlog.CreateKey(key); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code := audit(t, "import", from, "--to", to, "--signing-key", key)
+	for _, want := range []string{"imported      " + from + "/one 0123abcd, 9 records\n", `not imported  ` + from + `/note\x1b.txt -, 0 records: not an audit log`, "/two import-"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	if code != 1 || !strings.Contains(errs, "2 imported, 0 already there, 1 not imported; signed by SHA256:") || strings.Contains(errs, "thrown away") {
+		t.Errorf("code %d %s", code, errs)
+	}
+	// All commands read it, and it is what it says.
+	for _, c := range []struct {
+		args string
+		want []string
+	}{
+		{"list", []string{"0123abcd", "bob", "192.0.2.7", "2023-11-14 22:13:20Z", "9s", "shell", "client-left", "interrupted"}},
+		{"list --user bob --since 2023-11-14 --until 2023-11-14 -o json", []string{`"imported_from":"ContainerSSH, version 2"`, `"state":"sealed"`}},
+		{"show 0123abcd", []string{"imported   ContainerSSH, version 2, file one, sha256 ", "could have been changed by whoever had it", "user bob, password, proven", "code 3"}},
+		{"show import-", []string{"the file ends before the connection did", "interrupted"}},
+		{"search needle", []string{"terminal 1  bob$ the needle"}},
+		{"play 0123abcd --speed 1000", []string{"bob$ the nee\x1b[1mdle"}},
+		{"export 0123abcd -f asciicast-v3", []string{`"cols":80,"rows":25,"type":"xterm"`, `[1.000000,"x","3"]`}},
+		{"cat 0123abcd", []string{`"kind":"import","body":{"format":"ContainerSSH, version 2","file":"one","size":`, `"session":"0123abcd"`, `"sha256":"`}},
+		{"verify --key " + key + ".pub", []string{"2 logs: 2 sealed"}},
+	} {
+		out, errs, code := audit(t, append(strings.Fields(c.args), "--store", to, "--utc")...)
+		if code != 0 || strings.Contains(out, "hunter2") || strings.Contains(out, "52;c") && !strings.HasPrefix(c.args, "cat") {
+			t.Errorf("%s: code %d %s\n%s", c.args, code, errs, out)
+		}
+		for _, w := range c.want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%s: no %q in\n%s", c.args, w, out)
+			}
+		}
+	}
+	// Again: nothing changes.
+	if out, errs, _ := audit(t, "import", filepath.Join(from, "one"), "--to", to); !strings.Contains(out, "already there") || !strings.Contains(errs, "0 imported, 1 already there") {
+		t.Errorf("again: %s%s", out, errs)
+	}
+	if entries, err := os.ReadDir(to); err != nil || len(entries) != 2 { // sessions and .tmp
+		t.Errorf("left: %v %v", entries, err)
+	}
+	// A bomb, a cut, and a file that is not there.
+	out, errs, code = audit(t, "import", filepath.Join(from, "one"), filepath.Join(from, "none"), "--to", t.TempDir(), "--max-bytes", "300", "-o", "json")
+	var first imported
+	if err := json.Unmarshal([]byte(out[:strings.IndexByte(out, '\n')]), &first); err != nil || first.Result != wasImported || !strings.Contains(first.Why, "the rest can't be read: it decompresses to more") {
+		t.Errorf("%v %+v", err, first)
+	}
+	if code != 1 || !strings.Contains(out, "no such file") || !strings.Contains(errs, "thrown away") {
+		t.Errorf("code %d %s%s", code, out, errs)
+	}
+	if _, errs, code := audit(t, "import", from); code != 1 || !strings.Contains(errs, "to") {
+		t.Errorf("no --to: %d %s", code, errs)
+	}
+}

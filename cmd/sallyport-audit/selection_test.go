@@ -1,0 +1,109 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+func TestGlob(t *testing.T) {
+	for _, c := range []struct {
+		pattern, text string
+		want          bool
+	}{
+		{"alice", "alice", true}, {"alice", "alic", false}, {"", "", true}, {"*", "", true}, {"*", "a/b", true}, {"a*c", "abc", true}, {"a*c", "abcd", false},
+		{"?", "é", true}, {"?", "", false}, {"OPS-*", "OPS-1", true}, {"*a*b*", "xxaxxbxx", true}, {"a*a*a*a*b", strings.Repeat("a", 1000), false}, {"ab", "abc", false},
+	} {
+		if got := glob(c.pattern, c.text); got != c.want {
+			t.Errorf("glob(%q, %.20q) = %v", c.pattern, c.text, got)
+		}
+	}
+}
+
+func TestParseTime(t *testing.T) {
+	zone := time.FixedZone("zone", 2*3600)
+	now := time.Date(2026, 3, 10, 1, 30, 0, 0, zone)
+	for in, want := range map[string][2]string{ // as a lower, and as an upper bound
+		"2026-03-01":           {"2026-03-01T00:00:00+02:00", "2026-03-02T00:00:00+02:00"},
+		"2026-03-01 14:05":     {"2026-03-01T14:05:00+02:00", "2026-03-01T14:05:00+02:00"},
+		"2026-03-01T14:05:06":  {"2026-03-01T14:05:06+02:00", "2026-03-01T14:05:06+02:00"},
+		"2026-03-01T14:05:06Z": {"2026-03-01T14:05:06Z", "2026-03-01T14:05:06Z"},
+		"today":                {"2026-03-10T00:00:00+02:00", "2026-03-11T00:00:00+02:00"},
+		"yesterday":            {"2026-03-09T00:00:00+02:00", "2026-03-10T00:00:00+02:00"},
+		"90m":                  {"2026-03-10T00:00:00+02:00", "2026-03-10T00:00:00+02:00"},
+		"2d":                   {"2026-03-08T01:30:00+02:00", "2026-03-08T01:30:00+02:00"},
+		"1w":                   {"2026-03-03T01:30:00+02:00", "2026-03-03T01:30:00+02:00"},
+	} {
+		for i, upper := range []bool{false, true} {
+			got, err := parseTime(in, now, zone, upper)
+			if w, _ := time.Parse(time.RFC3339, want[i]); err != nil || !got.Equal(w) {
+				t.Errorf("%q, upper %v: %v %v, want %v", in, upper, got, err, w)
+			}
+		}
+	}
+	for _, bad := range []string{"soon", "-2h", "2026-13-01", "99999999d", "d", "1.5d"} {
+		if got, err := parseTime(bad, now, zone, false); err == nil {
+			t.Errorf("%q: %v", bad, got)
+		}
+	}
+}
+
+// Each filter finds the session that it should, and no other.
+func TestList(t *testing.T) {
+	dir := t.TempDir()
+	writeLog(t, dir, func(l *auditlog.Log) {
+		session(t, l, "plain", nil)
+		session(t, l, "rich", map[uint32][]auditlog.Body{
+			0: {&auditlog.Connect{Source: "[2001:db8::7]:4022"}, &auditlog.Decision{Allow: true, User: "bob", Groups: []string{"ops", "dba"}, Ticket: "OPS-1", Profile: "debug"},
+				&auditlog.Decision{Allow: true, User: "bob", Ticket: "OPS-2", Profile: "debug"}, &auditlog.Sandbox{Image: "registry/debug:1"}, &auditlog.Alert{Name: "a"}},
+			1: {&auditlog.Request{Type: "exec", Command: []byte("make it"), OK: true}, &auditlog.ProgramExec{Exec: 1, Args: [][]byte{[]byte("curl"), []byte("-T"), []byte("x")}, Path: []byte("/usr/bin/curl")},
+				&auditlog.Transfer{Op: "file", Path: []byte("up.csv"), Resolved: []byte("/home/up.csv")}},
+		})
+		session(t, l, "many", func() map[uint32][]auditlog.Body {
+			all := make(map[uint32][]auditlog.Body)
+			for i := range maxListed + 10 {
+				all[2] = append(all[2], &auditlog.Request{Type: "exec", Command: fmt.Append(nil, i), OK: true})
+			}
+			return all
+		}())
+	})
+	for _, c := range []struct {
+		args string
+		want string
+	}{
+		{"", "many plain rich"}, {"--user bob", "rich"}, {"--user al*", "many plain"}, {"--user alice,bob", "many plain rich"}, {"--user nobody", ""},
+		{"--group dba", "rich"}, {"--group d?", ""}, {"--ticket OPS-1", "rich"}, {"--ticket OPS-2", "rich"}, {"--ticket OPS-3", ""},
+		{"--image *debug:1", "rich"}, {"--session-profile debug", "rich"}, {"--source 192.0.2.0/24", "many plain"}, {"--source 2001:db8::/32", "rich"}, {"--source 192.0.2.8", ""},
+		{"--since 1h", "many plain rich"}, {"--until 1h", ""}, {"--until today", "many plain rich"}, {"--since 2001-01-01 --until 2001-02-01", ""}, {"--since 2001-01-01", "many plain rich"},
+		{"--has-command curl", "rich"}, {"--has-command curl*x", "rich"}, {"--has-command make", "rich"}, {"--has-command 105", "many"}, {"--has-command wget", ""},
+		{"--has-file /home/*.csv", "rich"}, {"--has-file up.csv", "rich"}, {"--has-file .txt", ""}, {"--alerts", "rich"}, {"--cause client-left", "many plain rich"}, {"--cause idle", ""},
+		{"--state sealed", "many plain rich"}, {"--state damaged", ""}, {"--limit 2", "many plain"}, {"--alerts --user alice", ""},
+	} {
+		var got []string
+		out, errs, code := audit(t, append([]string{"list", dir, "-o", "json", "--utc"}, strings.Fields(c.args)...)...)
+		for l := range strings.Lines(out) {
+			got = append(got, strings.Split(l, `"`)[3])
+		}
+		slices.Sort(got)
+		if strings.Join(got, " ") != c.want || code != 0 {
+			t.Errorf("list %s: code %d, %v, want %s %s", c.args, code, got, c.want, errs)
+		}
+	}
+	for _, bad := range []string{"--since soon", "--source 300.1.1.1", "--state odd", "--limit -1", "--since 1h --until 2h"} {
+		if _, errs, code := audit(t, append([]string{"list", dir}, strings.Fields(bad)...)...); code != 1 || !strings.Contains(errs, "--") {
+			t.Errorf("list %s: code %d %s", bad, code, errs)
+		}
+	}
+	if out, _, _ := audit(t, "list", dir, "--user", "bob", "-o", "json"); !strings.Contains(out, `"groups":["ops","dba"],"ticket":"OPS-2","tickets":["OPS-1","OPS-2"]`) {
+		t.Errorf("list: %s", out)
+	}
+	for _, o := range []string{"table", "text"} {
+		if out, _, code := audit(t, "list", dir, "-o", o); code != 0 || !strings.HasPrefix(out, "ID ") || strings.Contains(out, "\x1b") {
+			t.Errorf("list -o %s: %d %q", o, code, out)
+		}
+	}
+}
