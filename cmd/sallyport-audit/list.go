@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -217,15 +216,6 @@ func size(n uint64) string {
 		return fmt.Sprintf("%d MiB", n>>20)
 	}
 	return fmt.Sprintf("%d GiB", n>>30)
-}
-
-func orStore(names ...string) string {
-	for _, n := range append(names, os.Getenv(storeEnv)) {
-		if n != "" {
-			return n
-		}
-	}
-	return "the store"
 }
 
 func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
