@@ -110,6 +110,7 @@ type gate struct {
 	key   byte
 
 	noTree bool
+	index  bool
 	*auditlog.Log
 }
 
@@ -120,7 +121,7 @@ func (g *gate) open() {
 		tree = ""
 	}
 	l, err := auditlog.Open(context.Background(), auditlog.Config{Spool: filepath.Join(g.dir, "spool"), Tree: tree,
-		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute}, key(g.key), g.store, "gate-1",
+		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index}, key(g.key), g.store, "gate-1",
 		slog.New(slog.DiscardHandler))
 	must(g.t, err)
 	g.Log = l
