@@ -281,7 +281,7 @@ kubeconfig_says() {
 	if has kubectl; then
 		echo "context $(kubectl config current-context 2>/dev/null || echo -), $(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}' 2>/dev/null || echo "no server")"
 	else
-		echo "context $(sed -n 's/^current-context: *//p' "${KUBECONFIG%%:*}" 2>/dev/null || echo -)"
+		echo "context $(sed -n 's/^current-context: *//p' "$KUBECONFIG" 2>/dev/null || echo -)"
 	fi
 }
 
@@ -290,8 +290,9 @@ kubeconfig_says() {
 # run of the same NAME started and, killed, could not end.
 cluster_up() {
 	if [ -n "${KUBECONFIG:-}" ]; then
-		step "using the cluster of KUBECONFIG, $KUBECONFIG: $(kubeconfig_says)"
-		cluster_kubeconfig=$KUBECONFIG
+		# The tests run in other directories.
+		cluster_kubeconfig=$(realpath -e -- "$KUBECONFIG" 2>/dev/null) || die "KUBECONFIG=$KUBECONFIG is not one file"
+		step "using the cluster of KUBECONFIG, $cluster_kubeconfig: $(kubeconfig_says)"
 		return 0
 	fi
 	is_root || die "no cluster: set KUBECONFIG, or run this as root, which starts one"
@@ -307,21 +308,20 @@ cluster_up() {
 	cluster_ours=yes
 	local log
 	log=$(mktemp)
-	if ! run "$cluster" up >"$log" 2>&1; then
+	if ! run env SALLYPORT_CLUSTER_OWNER="$1" "$cluster" up >"$log" 2>&1; then
 		cat "$log" >&2
 		rm -f "$log"
 		die "the cluster does not start"
 	fi
 	rm -f "$log"
-	echo "$1" >"$cluster_state/owner"
 }
 
-# cluster_image IMAGE: copies an image from the Docker engine to a cluster of this machine.
-cluster_image() {
+# cluster_images IMAGE...: copies images from the Docker engine to a cluster of this machine, layers that they share once.
+cluster_images() {
 	[ -n "$cluster" ] || return 0
 	# shellcheck disable=SC2016 # for the inner shell
-	run bash -c 'set -o pipefail; docker save "$1" | "$2" import -' - "$1" "$cluster" ||
-		die "the cluster does not take the image $1"
+	run bash -c 'set -o pipefail; cluster=$1; shift; docker save "$@" | "$cluster" import -' - "$cluster" "$@" ||
+		die "the cluster does not take the images $*"
 }
 
 # cluster_down: ends the cluster that is ours.

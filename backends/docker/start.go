@@ -147,7 +147,7 @@ func (s *sandbox) start(ctx context.Context, spec backends.Spec) error {
 	s.info.Spec = r
 
 	err = s.run(ctx, r)
-	if err != nil && b.relay && s.id != "" && ctx.Err() == nil {
+	if errors.Is(err, errNotStarted) && b.relay && ctx.Err() == nil {
 		// Whoever can empty the agent's volume behind the gate's back can do much worse, and may have done this by mistake.
 		if wrote, rerr := b.refillVolume(ctx); rerr != nil {
 			err = errors.Join(err, rerr)
@@ -197,10 +197,12 @@ func (s *sandbox) run(ctx context.Context, r request) error {
 		return context.Cause(ctx)
 	}
 	if err := b.engine.ContainerStart(engineCtx, s.id, container.StartOptions{}); err != nil {
-		return fmt.Errorf("start container: %w", err)
+		return fmt.Errorf("%w: %w", errNotStarted, err)
 	}
 	return nil
 }
+
+var errNotStarted = errors.New("start container")
 
 // reach gets the stream to the agent by call and proves the gate to it.
 func (s *sandbox) reach(ctx context.Context, call func(context.Context) (net.Conn, error), key ed25519.PrivateKey, hello agent.Hello) error {

@@ -314,12 +314,23 @@ func (b *Backend) makeScratchVolume(ctx context.Context, session string, uid, gi
 	})
 }
 
-// removeVolume returns when there is no such volume.
+// removeVolume returns when there is no such volume. An engine that does not know a container any more may still hold its
+// volumes for a moment.
 func (b *Backend) removeVolume(ctx context.Context, name string) error {
-	if err := b.engine.VolumeRemove(ctx, name, true); err != nil && !errdefs.IsNotFound(err) {
-		return err
+	for end := time.Now().Add(10 * time.Second); ; {
+		err := b.engine.VolumeRemove(ctx, name, true)
+		if err == nil || errdefs.IsNotFound(err) {
+			return nil
+		}
+		if !errdefs.IsConflict(err) || time.Now().After(end) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	return nil
 }
 
 // reapVolumes removes the volumes of this gate that belong to no session of live.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -61,7 +62,7 @@ func (k *cluster) execIn(ctx context.Context, at slot, container string, spdy bo
 		defer close(s.ended)
 		defer stop()
 		var said tail
-		err := e.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: far, Stdout: far, Stderr: &said})
+		err := e.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: far, Stdout: output{far}, Stderr: &said})
 		far.Close()
 		if err == nil {
 			err = errors.New("the program ended")
@@ -98,6 +99,46 @@ func (s *stream) why() error {
 	}
 }
 
+// output is what a program's output is written to. client-go would hold 32 KiB for it as long as the stream lives, and most
+// streams are idle.
+type output struct{ io.Writer }
+
+// busyBuffers are for outputs of which more comes than idle streams pass.
+var busyBuffers = sync.Pool{New: func() any {
+	b := make([]byte, 32<<10)
+	return &b
+}}
+
+// ReadFrom implements io.ReaderFrom.
+func (o output) ReadFrom(r io.Reader) (int64, error) {
+	var idle [2 << 10]byte
+	var busy *[]byte
+	b, total := idle[:], int64(0)
+	for {
+		n, err := r.Read(b)
+		if n > 0 {
+			if _, werr := o.Write(b[:n]); werr != nil {
+				err = werr
+			}
+			total += int64(n)
+		}
+		switch {
+		case n == len(idle) && busy == nil && err == nil:
+			busy = busyBuffers.Get().(*[]byte)
+			b = *busy
+		case busy != nil && (n < len(idle) || err != nil):
+			busyBuffers.Put(busy)
+			b, busy = idle[:], nil
+		}
+		if errors.Is(err, io.EOF) {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
 // maxTail bounds what is kept of a program's error output.
 const maxTail = 1 << 10
 
@@ -112,6 +153,11 @@ func (t *tail) Write(b []byte) (int, error) {
 	defer t.mu.Unlock()
 	t.b = append(t.b, b[:min(len(b), maxTail-len(t.b))]...)
 	return len(b), nil
+}
+
+// ReadFrom implements io.ReaderFrom, for the same reason as output's.
+func (t *tail) ReadFrom(r io.Reader) (int64, error) {
+	return io.CopyBuffer(struct{ io.Writer }{t}, r, make([]byte, maxTail))
 }
 
 func (t *tail) String() string {

@@ -77,7 +77,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "of the cluster for the cluster's cases; without it they are left out")
 	f.StringVar(&o.kubectl, "kubectl", "kubectl", "kubectl and its first arguments")
 	f.StringVar(&o.agentImage, "agent-image", "sallyport/agent:1", "the image that brings the agent to the cluster's pods")
-	f.StringVar(&o.carried, "carried", "sallyport/debug-agent:1", "on the cluster, the sandbox's image with the agent in it")
+	f.StringVar(&o.carried, "carried", "sallyport/target:1", "on the cluster, the sandbox's image with the agent in it")
 	f.BoolVar(&o.list, "list", false, "list the cases")
 	f.StringVar(&o.bin, "bin", "bin", "directory of the binaries to measure")
 	f.StringVar(&o.image, "image", "sallyport/debug:1", "the sandbox's image; it needs bash, cat, wc and true")
@@ -214,7 +214,7 @@ type sizes struct {
 
 var (
 	full = sizes{bulk: 1 << 30, content: 256 << 20, file: 1 << 30, keys: 40, burst: 50, idle: []int{0, 20, 100},
-		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 3 * time.Minute}
+		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 2 * time.Minute}
 	small = sizes{bulk: 32 << 20, content: 16 << 20, file: 16 << 20, keys: 5, burst: 4, idle: []int{0, 2, 4},
 		grants: []int{10, 1000}, decision: 50, stream: 8 << 20, watch: 5 * time.Second}
 )
@@ -233,6 +233,7 @@ type bench struct {
 	sshd      *sshd
 	gate      *gate
 	off       *gate // with audit.data: none
+	encrypted *gate // with audit.recipients
 	cluster   *cluster
 	onCluster *gate
 	cleanUp   []func() error
@@ -309,7 +310,9 @@ type target struct {
 	rest func(context.Context, *bench) error // waits until what went before is over
 }
 
-func (b *bench) all() []*target { return []*target{&b.sshd.target, &b.gate.target, &b.off.target} }
+func (b *bench) all() []*target {
+	return []*target{&b.sshd.target, &b.gate.target, &b.off.target, &b.encrypted.target}
+}
 
 // path is a file of this run.
 func (b *bench) path(name ...string) string {

@@ -297,6 +297,12 @@ func (c cluster) prepare() error {
 	if err := c.note(); err != nil {
 		return err
 	}
+	// Whose it is, from the first moment on: a script that is killed later finds it again.
+	if owner := os.Getenv("SALLYPORT_CLUSTER_OWNER"); owner != "" {
+		if err := c.write("owner", []byte(owner+"\n")); err != nil {
+			return err
+		}
+	}
 	for _, dir := range []string{"logs", "etcd", "kubelet", "pod-logs"} {
 		if err := os.MkdirAll(c.path(dir), 0o700); err != nil {
 			return err
