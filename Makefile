@@ -2,11 +2,12 @@
 #               BACKEND=kubernetes: sandboxes on the cluster of KUBECONFIG, or on one of its own
 # make test     all tests with -race and what they need (PKG=./authz/... TESTFLAGS='-run Login -v'), on the cluster of
 #               KUBECONFIG or one of its own, too (KUBERNETES=no: not on that)
+# make soak     the tests that kill the gate, cut the power and break disk and store, in their long form (an hour or so)
 # make bench    the benchmarks beside sshd, the bare Docker API, and on Kubernetes (KUBERNETES=no: not on that)
 # make build    bin/sallyport, bin/sallyport-audit, bin/sallyport-agent
 # make lint     gofmt, go vet, staticcheck      make vuln   known vulnerabilities
 # make image    the server's image              make debug-image   the sandbox's
-.PHONY: build demo test bench lint vuln image debug-image clean
+.PHONY: build demo test soak bench lint vuln image debug-image clean
 .DEFAULT_GOAL := build
 
 # Recipes take these from the environment: a value never becomes part of a shell command.
@@ -22,6 +23,9 @@ demo:
 
 test:
 	@build/test
+
+soak:
+	@build/soak
 
 bench:
 	@build/bench

@@ -239,6 +239,10 @@ func (c *Client) Exec(ctx context.Context, p backends.Process) (backends.ExitSta
 		}
 		return status, fmt.Errorf("exec: %w", err)
 	}
+	// Not its own end, but that of a sandbox which is being closed under it: see lastReports.
+	if r := c.reported; status.Signal == "KILL" && r != nil && r.asked.Load() && ctx.Err() == nil {
+		return status, fmt.Errorf("exec: %w: its processes were killed", backends.ErrGone)
+	}
 	return status, nil
 }
 

@@ -253,12 +253,15 @@ func DialDirect(ctx context.Context, p Pin, port uint16, key ed25519.PrivateKey)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, strangerLimit)
-	defer cancel()
+	dial := func(a netip.Addr) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, strangerLimit)
+		defer cancel()
+		d := tls.Dialer{Config: config}
+		return d.DialContext(ctx, "tcp", netip.AddrPortFrom(a, port).String())
+	}
 	var errs []error
 	for _, a := range p.Addresses {
-		d := tls.Dialer{Config: config}
-		conn, err := d.DialContext(ctx, "tcp", netip.AddrPortFrom(a, port).String())
+		conn, err := dial(a)
 		if err == nil {
 			return conn, nil
 		}

@@ -38,6 +38,8 @@
 // executes in the sandbox before the gate asks for any process. The agent listens for it at a path (--relay), takes one peer in
 // its life, removes the path, and gets the two descriptors by SCM_RIGHTS. The relay's end is the agent's.
 //
+// Or the gate dials the agent (--direct): see direct.go.
+//
 // A message is a big-endian 32-bit length and that many bytes of CBOR. All that the agent sends is hostile input to
 // the gate: the guard beneath yamux and the parsers above it bound and check everything, and are fuzzed.
 //

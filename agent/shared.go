@@ -45,6 +45,9 @@ func refuseSharedUID() error {
 	}
 	uid := strconv.Itoa(os.Getuid())
 	for _, p := range procTable() {
+		if p.zombie { // as a session leaves behind whose agent was killed, where the target's first process waits for nobody
+			continue
+		}
 		name := strconv.Itoa(p.pid)
 		groups, err := controlGroups(name)
 		if gone(err) || err == nil && groups == own {

@@ -52,6 +52,13 @@ func (s *countingStore) get() (now, most, calls int) {
 	return s.now, s.most, s.calls
 }
 
+// endConfig has segments cut by a session's end alone, however long that takes.
+func endConfig(dir string) auditlog.Config {
+	cfg := fastConfig(dir)
+	cfg.SegmentAge = time.Hour
+	return cfg
+}
+
 // endSessions leaves a sealed segment of each of n sessions to the uploader.
 func endSessions(t *testing.T, l *auditlog.Log, prefix string, n int) {
 	t.Helper()
@@ -67,7 +74,7 @@ func endSessions(t *testing.T, l *auditlog.Log, prefix string, n int) {
 func TestStoreSlow(t *testing.T) {
 	inner, _ := newStore(t)
 	store := &countingStore{Store: inner, hold: make(chan struct{})}
-	l := openGate(t, fastConfig(t.TempDir()), store)
+	l := openGate(t, endConfig(t.TempDir()), store)
 	endSessions(t, l, "s", 20)
 	waitFor(t, func() bool { now, _, _ := store.get(); return now == 16 })
 	if s := l.Stats(); s.Waiting != 20 || s.Oldest <= 0 {
@@ -84,7 +91,7 @@ func TestStoreSlow(t *testing.T) {
 func TestStoreAwayTriedByOne(t *testing.T) {
 	inner, dir := newStore(t)
 	store := &countingStore{Store: inner, broken: true, hold: make(chan struct{})}
-	l := openGate(t, fastConfig(t.TempDir()), store)
+	l := openGate(t, endConfig(t.TempDir()), store)
 	endSessions(t, l, "s", 100)
 	waitFor(t, func() bool { now, _, _ := store.get(); return now == 16 })
 	close(store.hold)
@@ -281,7 +288,7 @@ func TestSpoolTwice(t *testing.T) {
 	if _, rep := readAll(t, src, all[0]); len(all) != 1 || rep.State != auditlog.Sealed || rep.Segments != len(names) {
 		t.Errorf("%d logs, %+v", len(all), rep)
 	}
-	cfg := fastConfig(t.TempDir())
+	cfg := endConfig(t.TempDir())
 	writeSpool(t, cfg.Spool, first) // a copy of when the session was not over: its last segment would be another one
 	l := openGate(t, cfg, store)
 	waitFor(t, func() bool { return errors.Is(l.StoreErr(), auditlog.ErrExists) && l.Stats().Waiting == 1 })

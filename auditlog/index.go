@@ -49,7 +49,7 @@ func (x *index) add(e *Entry) {
 }
 
 func (x *index) write(e *Entry) error {
-	now := x.l.now()
+	now := x.l.wall()
 	if x.rec != nil && (x.rec.Err() != nil || x.rec.start.UTC().YearDay() != now.UTC().YearDay()) {
 		// One of its own for each day, as for the gate's own log.
 		if err := x.rec.Close(&End{Cause: "shutdown", Detail: "continued in another log"}); err != nil {

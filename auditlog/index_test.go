@@ -314,6 +314,20 @@ func TestIndexBatches(t *testing.T) {
 	}
 }
 
+// However much an index has, a bounded part of it is held; the rest is read from the logs.
+func TestIndexOverflow(t *testing.T) {
+	store, dir := newStore(t)
+	l := openGate(t, indexConfig(t.TempDir()), store)
+	long := slices.Repeat([]string{strings.Repeat("x", 64<<10)}, 40)
+	for i := range 60 {
+		auditlog.Indexed(l, &auditlog.Entry{ID: fmt.Sprintf("s%d", i), Gate: "gate-1", Paths: long})
+	}
+	closeLog(t, l)
+	if x := readIndex(t, source(t, dir), auditlog.IndexOptions{}); !x.Overflow || x.Len() < 40 || x.Len() > 52 {
+		t.Errorf("%d entries of 2.5 MiB, overflow %v", x.Len(), x.Overflow)
+	}
+}
+
 // What an auditor keeps of an index reads as it was written, and is never preferred to more.
 func TestIndexCache(t *testing.T) {
 	store, dir := newStore(t)

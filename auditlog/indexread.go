@@ -15,8 +15,8 @@ import (
 	"filippo.io/age"
 )
 
-// maxIndexed bounds the entries that an Index holds in memory.
-const maxIndexed = 4 << 20
+// maxIndexed bounds what an Index holds in memory, in bytes: some 150,000 entries. The logs of sessions that have no room are read.
+const maxIndexed = 128 << 20
 
 // Index is what a store's index says of its sessions. It is never more than a short cut: Entry gives an entry only if it fits the
 // objects that the store holds, and CompareIndex holds all of it against the logs.
@@ -26,7 +26,8 @@ type Index struct {
 	Objects  int      // of the store that were read
 	Unread   uint64   // entries that are encrypted, and to none of the identities
 	Reports  []Report // of the index's logs that are damaged: their entries are not used
-	overflow bool
+	Overflow bool     // there were more entries than are kept in memory
+	bytes    int
 }
 
 // IndexOptions say how an index is read.
@@ -54,10 +55,17 @@ func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, erro
 		r := NewSessionReader(src, log, opts.Keys...)
 		r.Decrypt(opts.Identities...)
 		var entries []*Entry
+		pending := 0 // bytes of them
 		for rec := range r.Records(ctx) {
-			if e, ok := rec.Body.(*Entry); ok && ValidID(e.ID) {
-				entries = append(entries, e)
+			e, ok := rec.Body.(*Entry)
+			if !ok || !ValidID(e.ID) {
+				continue
 			}
+			if pending += e.weight(); x.bytes+pending > maxIndexed {
+				x.Overflow = true
+				continue
+			}
+			entries = append(entries, e)
 		}
 		if err := context.Cause(ctx); err != nil {
 			return nil, err
@@ -84,12 +92,32 @@ func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, erro
 // add keeps the entry that says more.
 func (x *Index) add(e *Entry) {
 	have := x.entries[e.ID]
-	switch {
-	case have == nil && len(x.entries) >= maxIndexed:
-		x.overflow = true
-	case have == nil, rank(e) > rank(have):
-		x.entries[e.ID] = e
+	if have != nil && rank(e) <= rank(have) {
+		return
 	}
+	n := e.weight()
+	if have != nil {
+		n -= have.weight()
+	}
+	if x.bytes+n > maxIndexed {
+		x.Overflow = true
+		return
+	}
+	x.bytes += n
+	x.entries[e.ID] = e
+}
+
+// weight is about what an entry takes in memory, in bytes.
+func (e *Entry) weight() int {
+	const fixed, each = 640, 16
+	n := fixed + len(e.ID) + len(e.Gate) + len(e.User) + len(e.Ticket) + len(e.Profile) + len(e.Source) + len(e.Image) + len(e.Digest) +
+		len(e.Cause) + len(e.Last)
+	for _, list := range [...][]string{e.Groups, e.Commands, e.Names, e.Paths, e.AlertNames} {
+		for _, s := range list {
+			n += each + len(s)
+		}
+	}
+	return n
 }
 
 func rank(e *Entry) int {

@@ -80,12 +80,10 @@ func killedWriter(dir string) {
 // those that were cut are sealed as interrupted.
 func TestKilled(t *testing.T) {
 	rounds := 12
-	if testing.Short() {
-		rounds = 3
+	if soaking() {
+		rounds = 200
 	}
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
+	rng := seed(t)
 	interrupted := 0
 	for range rounds {
 		interrupted += killOnce(t, time.Duration(rng.Int64N(int64(150*time.Millisecond))))

@@ -148,7 +148,7 @@ func (l *Log) putObjects(queue string, number uint32, objects []tlog.Object) err
 			return fmt.Errorf("spool object %s: %w", o.Name, err)
 		}
 	}
-	if err := syncDir(l.cfg.Spool); err != nil {
+	if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
 		l.spoolFailed(err)
 		return err
 	}
@@ -167,7 +167,7 @@ func (l *Log) putObject(file string, o tlog.Object) error {
 	if len(o.Name) > maxObjectName || strings.ContainsAny(o.Name, "\n") {
 		return fmt.Errorf("%.80q is no name", o.Name)
 	}
-	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
+	f, err := l.disk.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
 	if err != nil {
 		return err
 	}
@@ -181,7 +181,7 @@ func (l *Log) putObject(file string, o tlog.Object) error {
 	} else if err != nil {
 		return err
 	}
-	return os.Rename(path+".tmp", path)
+	return l.disk.Rename(path+".tmp", path)
 }
 
 // object reads the name of an object in the spool.

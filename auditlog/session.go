@@ -3,7 +3,6 @@ package auditlog
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -244,9 +243,7 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 		return true
 	}
 	defer f.Close()
-	// The chain is over stored bytes, also over those that can't be read as records.
-	sum := sha256.New()
-	counted := &countingReader{r: io.TeeReader(f, sum)}
+	counted := &countingReader{r: f}
 	s, err := NewSegmentReader(counted)
 	if err != nil {
 		r.damaged(o.Name, err)
@@ -277,7 +274,6 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 		return true
 	}
 	r.report.Bytes += counted.n
-	sum.Sum(c.hash[:0])
 	if s == nil {
 		return true
 	}
@@ -287,6 +283,7 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 		c.broken = true
 		return true
 	}
+	c.hash = s.Hash() // of all its bytes: the footer was the last of them
 	r.checkKey(o.Name, s.Whole(), footer)
 	c.sealed = footer.Last
 	c.interrupted = footer.Interrupted

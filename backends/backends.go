@@ -51,9 +51,10 @@ type Dialer interface {
 
 // Identified is implemented by a Sandbox whose backend may learn of the image's digest after the start alone.
 type Identified interface {
-	// Digest waits until the digest is known and returns it, or "" if the sandbox is gone or ctx has ended before. A sandbox
-	// that is closed meanwhile stays known to its backend for a moment, for the digest's sake.
-	Digest(ctx context.Context) string
+	// Digest asks for the digest. What it returns has to be called once: it waits until the digest is known and returns that, or
+	// "" if the sandbox is gone or ctx has ended before. A Close after the question leaves the sandbox known to its backend for a
+	// moment, for the digest's sake.
+	Digest() (wait func(ctx context.Context) string)
 }
 
 // MaxAddresses bounds the answer of Dialer.Resolve.

@@ -61,7 +61,8 @@ func (t *Target) Weaknesses() []string {
 	weaker := []string{"its network, and what listens on its loopback, is the target's"}
 	if t.Processes {
 		weaker = append(weaker,
-			"the agent is not the first process: the session's user can kill or stop it; then execs fail and the session ends",
+			"the agent is not the first process: the session's user can kill or stop it; then execs fail and the session ends; "+
+				"processes that enter the session's container from outside are not noticed",
 			"the target's processes, their arguments and their users are seen")
 	}
 	if t.Files {

@@ -162,8 +162,7 @@ func (c *conn) proven(m ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions,
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errRefused, err) // offer has refused it already
 	}
-	if err := c.rec.Begin(); err != nil {
-		c.auditLost(err)
+	if err := c.rec.Begin(); err != nil { // refused, not ended: what ends the connection would close it before the reason is told
 		c.s.Slog.Error("log can't be opened", "connection", c.id, "error", err)
 		return nil, c.refuse("audit-lost", &UserError{Text: "sessions can't be recorded at the moment, so none is given: tell an operator", Err: err})
 	}

@@ -747,7 +747,8 @@ func (c *conn) startSandbox(spec backends.Spec) {
 		}
 		c.record(0, &rec)
 		if late, ok := sb.(backends.Identified); ok && err == nil && rec.Digest == "" {
-			c.spawn(func() { c.identify(late, rec) })
+			wait := late.Digest() // asked before the sandbox can be closed
+			c.spawn(func() { c.identify(wait, rec) })
 		}
 		if why, off := strings.CutPrefix(rec.ExecAudit, "off: "); off {
 			c.record(0, &auditlog.Alert{Name: "exec-audit-off", Detail: why})
@@ -760,10 +761,10 @@ func (c *conn) startSandbox(spec backends.Spec) {
 
 // identify records the digest of an image that was not known when its sandbox was. Not the connection's context: a session may
 // be over before the digest is known.
-func (c *conn) identify(sb backends.Identified, rec auditlog.Sandbox) {
+func (c *conn) identify(wait func(context.Context) string, rec auditlog.Sandbox) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.s.Config.StartTimeout)
 	defer cancel()
-	if rec.Digest = sb.Digest(ctx); rec.Digest == "" {
+	if rec.Digest = wait(ctx); rec.Digest == "" {
 		return
 	}
 	rec.Spec, rec.Took = "", 0

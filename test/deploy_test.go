@@ -25,7 +25,8 @@ import (
 // gateImage is what the gates' pods run in this test.
 const gateImage = "sallyport-test/gate:1"
 
-// clusterBinary is the command of the cluster on this machine, which takes images.
+// clusterBinary is the command of the cluster on this machine, which takes images. build/test names it where the cluster is one of
+// this machine's.
 func clusterBinary(t *testing.T) string {
 	t.Helper()
 	name := os.Getenv("SALLYPORT_TEST_CLUSTER")

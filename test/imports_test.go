@@ -53,6 +53,7 @@ var homes = map[string][]string{
 	"github.com/minio/minio-go/":       {"auditlog/s3"},
 	"golang.org/x/crypto/ssh":          {"sshserver", "auditlog/agekeys"}, // there for key files alone
 	"filippo.io/age":                   {"auditlog", "cmd/sallyport-audit"},
+	"golang.org/x/mod/":                {"auditlog/tlog"},
 	"github.com/hashicorp/yamux":       {"agent"},
 	"github.com/fxamacker/cbor/":       {"auditlog", "agent"},
 }

@@ -74,7 +74,6 @@ func says(text, want string) error {
 func TestRBAC(t *testing.T) {
 	f := newFleet(t)
 	f.prepare()
-	f.startTimeout = 30 * time.Second // one of the failures is that nobody says why a pod does not start
 	f.user("alice", "debug")
 	f.user("holder", "debug")
 	f.profile("nodata", map[string]any{
@@ -190,6 +189,10 @@ func TestRBAC(t *testing.T) {
 					f.grantRights(role.Rules.without(resource, verb), resource, verb, false)
 					defer f.grantRights(role.Rules, resource, verb, true)
 					g := &gate{f: f, name: strings.ReplaceAll(name, "/", "-"), port: freePort(t)}
+					if name == "events/list" { // what fails is that nobody says why the pod does not start
+						f.startTimeout = 15 * time.Second
+						defer func() { f.startTimeout = patience }()
+					}
 					g.configure(t, config)
 					err := g.open()
 					if do == nil {

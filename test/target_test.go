@@ -1,6 +1,7 @@
 package test
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -50,7 +51,7 @@ func cmdTarget(ts *testscript.TestScript, neg bool, args []string) {
 	case len(args) == 3 && args[0] == "run":
 		name += "-" + args[1]
 		if !onKubernetes {
-			docker("run", "-d", "--rm", "--name", name, "--network", "none", "--user", args[2], "--cap-drop", "ALL",
+			docker("run", "-d", "--rm", "--name", name, "--network", "none", "--user", args[2]+":"+args[2], "--cap-drop", "ALL",
 				"--label", "e2e="+s.name+"-t", "--label", "part="+args[1], image(), "sh", "-c", serving, args[1])
 			ts.Defer(func() { exec.Command("docker", "rm", "-f", name).Run() })
 			return
@@ -59,14 +60,21 @@ func cmdTarget(ts *testscript.TestScript, neg bool, args []string) {
 			"apiVersion": "v1", "kind": "Pod",
 			"metadata": map[string]any{"name": name, "labels": map[string]any{"e2e": s.name + "-t", "part": args[1]}},
 			"spec": map[string]any{
-				"terminationGracePeriodSeconds": 1, "automountServiceAccountToken": false, "securityContext": map[string]any{"runAsUser": number(ts, args[2])},
+				"terminationGracePeriodSeconds": 1, "automountServiceAccountToken": false, "securityContext": map[string]any{"runAsUser": number(ts, args[2]), "runAsGroup": number(ts, args[2])},
 				"containers": []any{map[string]any{"name": "main", "image": image(), "imagePullPolicy": "Never", "command": []any{"sh", "-c", serving, args[1]},
 					"securityContext": map[string]any{"allowPrivilegeEscalation": false, "capabilities": map[string]any{"drop": []any{"ALL"}}}}},
 			},
 		}
 		file := filepath.Join(s.dir, args[1]+".pod.json")
 		ts.Check(writeJSON(file, pod))
-		kube("create", "-f", file)
+		// A new namespace has no service account yet, and admits no pod.
+		var err error
+		for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+			if _, err = kubectlOutput("-n", s.namespace(), "create", "-f", file); err == nil || !strings.Contains(err.Error(), "serviceaccount") {
+				break
+			}
+		}
+		ts.Check(err)
 		kube("wait", "--for=condition=Ready", "--timeout=60s", "pod/"+name)
 	case len(args) == 2 && args[0] == "stop":
 		if name += "-" + args[1]; onKubernetes {
@@ -89,9 +97,7 @@ func cmdTarget(ts *testscript.TestScript, neg bool, args []string) {
 		var left string
 		for end := time.Now().Add(90 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 			if onKubernetes {
-				// Those without a state have not begun.
-				left = strings.TrimSpace(kube("get", "pods", "-l", "e2e="+name, "-o",
-					`jsonpath={range .items[*]}{range .status.ephemeralContainerStatuses[?(!@.state.terminated)]}{.name}{" "}{end}{end}`))
+				left = notEnded(ts, kube("get", "pods", "-l", "e2e="+name, "-o", "json"))
 			} else {
 				own, err := s.own()
 				ts.Check(err)
@@ -105,6 +111,37 @@ func cmdTarget(ts *testscript.TestScript, neg bool, args []string) {
 	default:
 		ts.Fatalf("usage: target config | run PART UID | stop PART | profile NAME UID WHAT | idle")
 	}
+}
+
+// notEnded names the sandboxes of a list of pods that run, or may begin to.
+func notEnded(ts *testscript.TestScript, list string) string {
+	var pods struct {
+		Items []struct {
+			Spec struct {
+				Ephemeral []struct{ Name string } `json:"ephemeralContainers"`
+			}
+			Status struct {
+				Ephemeral []struct {
+					Name  string
+					State struct{ Terminated *struct{} }
+				} `json:"ephemeralContainerStatuses"`
+			}
+		}
+	}
+	ts.Check(json.Unmarshal([]byte(list), &pods))
+	var left []string
+	for _, pod := range pods.Items {
+		ended := map[string]bool{}
+		for _, c := range pod.Status.Ephemeral {
+			ended[c.Name] = c.State.Terminated != nil
+		}
+		for _, c := range pod.Spec.Ephemeral {
+			if !ended[c.Name] {
+				left = append(left, c.Name)
+			}
+		}
+	}
+	return strings.Join(left, " ")
 }
 
 func number(ts *testscript.TestScript, text string) int {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"filippo.io/age"
@@ -121,13 +122,27 @@ func TestIdentities(t *testing.T) {
 		if _, err := ParseIdentities(c.file, name, nil); err == nil || !strings.Contains(err.Error(), "nobody to ask") {
 			t.Errorf("%s, nobody there: %v", name, err)
 		}
+		asked = 0
 		ids, err = ParseIdentities(c.file, name, answers(&asked, "wrong"))
-		if err == nil {
-			err = opens(t, ids, c.to)
+		for range 5 {
+			if err == nil && opens(t, ids, c.to) == nil {
+				t.Errorf("%s: opens with a wrong passphrase", name)
+			}
 		}
-		if err == nil {
-			t.Errorf("%s: opens with a wrong passphrase", name)
+		if asked > maxTries {
+			t.Errorf("%s: asked %d times", name, asked)
 		}
+		ids, err = ParseIdentities(c.file, name, answers(&asked, passphrase))
+		must(t, err)
+		var many sync.WaitGroup
+		for range 4 {
+			many.Go(func() {
+				if err := opens(t, ids, c.to); err != nil {
+					t.Errorf("%s, by several at once: %v", name, err)
+				}
+			})
+		}
+		many.Wait()
 	}
 
 	toOther := func() []byte {

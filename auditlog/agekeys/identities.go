@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 
 	"filippo.io/age"
 	"filippo.io/age/agessh"
@@ -16,6 +17,9 @@ import (
 
 // maxWork is the most that a passphrase's derivation may take (scrypt, 2 to this power): seconds, not hours.
 const maxWork = 22
+
+// maxTries is how often the passphrase of an SSH key is asked for.
+const maxTries = 3
 
 // Ask asks the user for the passphrase of what; see LoadIdentities.
 type Ask func(what string) ([]byte, error)
@@ -122,6 +126,18 @@ func decryptIdentities(r io.Reader, name string, ask Ask) ([]age.Identity, error
 	return nativeIdentities(b)
 }
 
+// oneAtATime lets several goroutines use an identity that keeps its key once it is decrypted.
+type oneAtATime struct {
+	mu sync.Mutex
+	id age.Identity
+}
+
+func (o *oneAtATime) Unwrap(stanzas []*age.Stanza) ([]byte, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.id.Unwrap(stanzas)
+}
+
 func sshIdentity(b []byte, name string, ask Ask) ([]age.Identity, error) {
 	id, err := agessh.ParseIdentity(b)
 	var locked *ssh.PassphraseMissingError
@@ -136,11 +152,17 @@ func sshIdentity(b []byte, name string, ask Ask) ([]age.Identity, error) {
 		if locked.PublicKey.Type() != ssh.KeyAlgoED25519 {
 			return nil, fmt.Errorf("an SSH key of the type %s: only ssh-ed25519 can decrypt", locked.PublicKey.Type())
 		}
-		id, err := agessh.NewEncryptedSSHIdentity(locked.PublicKey, b, func() ([]byte, error) { return ask(name) })
+		tries := 0
+		id, err := agessh.NewEncryptedSSHIdentity(locked.PublicKey, b, func() ([]byte, error) {
+			if tries++; tries > maxTries {
+				return nil, fmt.Errorf("%s: wrong passphrase", name) // not asked again for each of many logs
+			}
+			return ask(name)
+		})
 		if err != nil {
 			return nil, errors.New("not an SSH key that can decrypt")
 		}
-		return []age.Identity{id}, nil
+		return []age.Identity{&oneAtATime{id: id}}, nil
 	case err != nil:
 		return nil, errors.New("not a private SSH key of the type ed25519")
 	}

@@ -79,12 +79,6 @@ func (p *proxy) set(fault string) {
 	}
 }
 
-func (p *proxy) now() string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.fault
-}
-
 func (p *proxy) had() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -34,6 +34,7 @@ type Config struct {
 type Log struct {
 	cfg  Config
 	wake chan struct{} // holds one: leaves wait
+	name string        // of the log, which never changes
 
 	// Order of locks: cutting, syncing, mu.
 	cutting sync.Mutex // one checkpoint at a time; guards state and next
@@ -96,13 +97,13 @@ func (l *Log) open() error {
 		if err != nil {
 			return err
 		}
-		l.cfg.Slog.Info("transparency log: begun", "origin", l.Origin())
+		l.cfg.Slog.Info("transparency log: begun", "origin", Origin(l.cfg.Gate, id))
 		// Leaves that waited go into the new log, even if they are in the old one too.
 		if l.entries, err = readWaiting(dir, nil); err != nil {
 			return err
 		}
 	}
-	l.base = l.state.Tree.Size
+	l.name, l.base = l.state.Log, l.state.Tree.Size
 	return l.rewriteWaiting()
 }
 
@@ -145,7 +146,7 @@ func (l *Log) finish(next *state) error {
 func (l *Log) queue(s *state) string { return "tlog-" + s.Log }
 
 // Origin names the log.
-func (l *Log) Origin() string { return Origin(l.state.Gate, l.state.Log) }
+func (l *Log) Origin() string { return Origin(l.cfg.Gate, l.name) }
 
 // rewriteWaiting writes waitFile anew with the leaves that wait. The locks sync and mu are held, or nobody else is there.
 func (l *Log) rewriteWaiting() error {
@@ -168,7 +169,7 @@ func (l *Log) rewriteWaiting() error {
 }
 
 func (l *Log) line(index int64, entry []byte) []byte {
-	b, _ := json.Marshal(waiting{Log: l.state.Log, Index: index, Entry: entry}) // of these types there is no error
+	b, _ := json.Marshal(waiting{Log: l.name, Index: index, Entry: entry}) // of these types there is no error
 	return append(b, '\n')
 }
 

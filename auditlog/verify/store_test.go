@@ -108,13 +108,20 @@ type gate struct {
 	dir   string
 	store auditlog.Store
 	key   byte
+
+	noTree bool
+	index  bool
 	*auditlog.Log
 }
 
 func (g *gate) open() {
 	g.t.Helper()
-	l, err := auditlog.Open(context.Background(), auditlog.Config{Spool: filepath.Join(g.dir, "spool"), Tree: filepath.Join(g.dir, "tlog"),
-		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute}, key(g.key), g.store, "gate-1",
+	tree := filepath.Join(g.dir, "tlog")
+	if g.noTree {
+		tree = ""
+	}
+	l, err := auditlog.Open(context.Background(), auditlog.Config{Spool: filepath.Join(g.dir, "spool"), Tree: tree,
+		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index}, key(g.key), g.store, "gate-1",
 		slog.New(slog.DiscardHandler))
 	must(g.t, err)
 	g.Log = l

@@ -12,6 +12,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/tlog"
@@ -168,7 +169,7 @@ func (t *tree) checkpoint(ctx context.Context, name string, number uint32, b []b
 		}
 	}
 	for i, e := range c.Entries {
-		t.leaf(name, c.Old+int64(i), e)
+		t.leaf(name, c.Old+int64(i), e, c.Time)
 	}
 	if t.broken {
 		t.report.Size = c.Size
@@ -243,7 +244,7 @@ func (t *tree) fill(ctx context.Context, c *tlog.Checkpoint) bool {
 	from := t.tree.Size
 	for i, e := range entries {
 		t.append(e, c.Number)
-		t.leaf(t.prefix, from+int64(i), e)
+		t.leaf(t.prefix, from+int64(i), e, c.Time)
 	}
 	for _, e := range c.Entries {
 		t.append(e, c.Number)
@@ -252,7 +253,7 @@ func (t *tree) fill(ctx context.Context, c *tlog.Checkpoint) bool {
 }
 
 // leaf notes what a leaf says.
-func (t *tree) leaf(object string, index int64, entry []byte) {
+func (t *tree) leaf(object string, index int64, entry []byte, at time.Time) {
 	l, err := auditlog.ParseLeaf(entry)
 	if err != nil {
 		t.wrong(object, "leaf %d: %v", index, err)
@@ -260,6 +261,9 @@ func (t *tree) leaf(object string, index int64, entry []byte) {
 	}
 	if !t.v.within(dayOf(l.Dir)) {
 		return
+	}
+	if at.Sub(l.Sealed) > late {
+		t.v.Summary.Late++
 	}
 	key, mark := short(l.Dir), leafMark{hash: shortBytes(entry)}
 	if old, ok := t.v.leaves[key]; ok && old.hash != mark.hash {

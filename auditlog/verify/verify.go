@@ -28,6 +28,8 @@ const (
 	fresh = 2 * time.Minute
 	// maxDays is the most days that are listed one by one.
 	maxDays = 366
+	// late is how long after a log's end its leaf is worth a word.
+	late = time.Hour
 )
 
 // Options says what is verified, and against what.
@@ -71,6 +73,7 @@ type Summary struct {
 	Logs    map[auditlog.State]int `json:"logs"`
 	Waiting int                    `json:"waiting"` // sealed logs that no checkpoint has yet
 	Outside int                    `json:"outside"` // sealed logs of gates without a transparency log
+	Late    int                    `json:"late"`    // leaves that came more than an hour after the end of their log
 	Missing int                    `json:"missing"` // logs that a leaf names and the store does not have
 	Trees   []Tree                 `json:"-"`
 	Foreign int                    `json:"foreign"` // objects that are not a gate's
@@ -168,13 +171,34 @@ func (v *Run) Trees(ctx context.Context) (Summary, error) {
 	return v.done(ctx, v.readTrees(ctx, tlog.Prefix))
 }
 
-// Log verifies one log, with the transparency log of its gate.
+// Log verifies one log, with the transparency logs of its gate.
 func (v *Run) Log(ctx context.Context, stored auditlog.Stored) (Summary, error) {
-	err := v.readTrees(ctx, tlog.Prefix)
+	prefix := tlog.Prefix
+	if gate := v.gateOf(ctx, stored); gate != "" {
+		prefix += gate + "/"
+	}
+	err := v.readTrees(ctx, prefix)
 	if err == nil {
 		err = v.logs(ctx, func(yield func(auditlog.Stored, error) bool) { yield(stored, nil) })
 	}
 	return v.done(ctx, err)
+}
+
+// gateOf is the gate that a log's first segment names, "" if that can't be read.
+func (v *Run) gateOf(ctx context.Context, stored auditlog.Stored) string {
+	if len(stored.Segments) == 0 {
+		return ""
+	}
+	f, err := v.Source.Open(ctx, stored.Segments[0].Name)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	s, err := auditlog.NewSegmentReader(f)
+	if err != nil {
+		return ""
+	}
+	return s.Header().Gate
 }
 
 func (v *Run) done(ctx context.Context, err error) (Summary, error) {
@@ -197,7 +221,7 @@ func (v *Run) within(day string) bool {
 // stored yields the logs to look at.
 func (v *Run) stored(ctx context.Context) iter.Seq2[auditlog.Stored, error] {
 	return func(yield func(auditlog.Stored, error) bool) {
-		prefixes := append([]string{auditlog.GatePrefix}, v.sessionPrefixes()...)
+		prefixes := append([]string{auditlog.GatePrefix, auditlog.IndexPrefix}, v.sessionPrefixes()...)
 		for _, p := range prefixes {
 			for log, err := range auditlog.Logs(ctx, v.Source, p) {
 				if err == nil && len(log.Segments) > 0 && !v.within(log.Name.Day) {
@@ -249,7 +273,7 @@ func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) e
 			c.origin, c.end = origin, leaf.Sealed
 			c.leaf, c.err = leaf.Encode()
 		}
-		if err := r.Err(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := r.Err(); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, auditlog.ErrLocked) {
 			c.unread = err
 		}
 		return c
@@ -284,6 +308,8 @@ func (v *Run) compare(c *checked) {
 	case there && leaf.hash != shortBytes(c.leaf):
 		damaged("is not the log that the transparency log names")
 	case there:
+	case c.origin == "" && v.hadTree(c):
+		damaged("names no transparency log, though its gate kept one then")
 	case c.origin == "":
 		v.Summary.Outside++
 	case v.waits(c):
@@ -293,6 +319,16 @@ func (v *Run) compare(c *checked) {
 	default:
 		damaged("is not in its transparency log, which went on after its end")
 	}
+}
+
+// hadTree says whether a log's gate kept a transparency log when the log ended: who has the key could leave that out.
+func (v *Run) hadTree(c *checked) bool {
+	for _, t := range v.trees {
+		if t.report.Gate == c.report.Gate && t.report.Checkpoints > 0 && t.report.First.Before(c.end) {
+			return true
+		}
+	}
+	return false
 }
 
 // waits says whether a log without a leaf may be one that is still to get it.
@@ -312,7 +348,7 @@ func (v *Run) problem(object string, format string, args ...any) error {
 
 // others looks at what is neither log nor transparency log.
 func (v *Run) others(ctx context.Context) error {
-	known := []string{auditlog.SessionPrefix, auditlog.GatePrefix, tlog.Prefix}
+	known := []string{auditlog.SessionPrefix, auditlog.GatePrefix, auditlog.IndexPrefix, tlog.Prefix}
 	for prefix := range Verifiers {
 		known = append(known, prefix)
 	}

@@ -90,7 +90,7 @@ func TestSampled(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	names := slices.Sorted(maps.Keys(s.m))
-	for range 40 {
+	for range 15 {
 		name := names[rnd.IntN(len(names))]
 		whole := s.m[name]
 		i := rnd.IntN(len(whole))
@@ -266,6 +266,27 @@ func TestForged(t *testing.T) {
 	if _, wrong := check(t, s, pinned); !strings.Contains(strings.Join(wrong, "\n"), "is not in the store") {
 		t.Errorf("a session without its transparency log: %q", wrong)
 	}
+	// The same without naming one, and later than the gate's began.
+	g = &gate{t: t, dir: t.TempDir(), store: newStore(), key: 7, noTree: true}
+	g.open()
+	g.session("forged", 10)
+	g.close()
+	s = kept(t)
+	sum, wrong := check(t, g.store.(*store), pinned)
+	if len(wrong) > 0 || sum.Outside != 1 {
+		t.Errorf("a gate without a transparency log: %+v %q", sum, wrong)
+	}
+	later := newStore()
+	g.store, g.dir = later, t.TempDir()
+	g.open()
+	g.session("forged", 10)
+	g.close()
+	for _, n := range later.names("/forged/") {
+		s.m[n] = later.m[n]
+	}
+	if _, wrong := check(t, s, pinned); !strings.Contains(strings.Join(wrong, "\n"), "names no transparency log") {
+		t.Errorf("a session that names no transparency log: %q", wrong)
+	}
 	// The same ID written anew, all signed.
 	g = &gate{t: t, dir: t.TempDir(), store: newStore(), key: 7}
 	g.open()
@@ -406,14 +427,19 @@ func TestInterrupted(t *testing.T) {
 	r := g.New("s1")
 	must(t, r.Record(0, &auditlog.Connect{Gate: "gate-1"}))
 	must(t, r.Begin())
-	dir := t.TempDir()
+	for end := time.Now().Add(time.Minute); g.Stats().Waiting > 0 || g.Stats().Stored < 2; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("its key and its first checkpoint are not stored")
+		}
+	}
+	dir, then := t.TempDir(), s.clone()
 	copyDir(t, g.dir, dir)
 	must(t, r.Close(&auditlog.End{Cause: "client-left"}))
 	g.close()
-	g.dir, g.store = dir, newStore()
+	g.dir, g.store = dir, then
 	g.open()
 	g.close()
-	sum, wrong := check(t, g.store.(*store), pinned)
+	sum, wrong := check(t, then, pinned)
 	if len(wrong) > 0 || sum.Logs[auditlog.Interrupted] != 1 || sum.Trees[0].Size != 1 || sum.Waiting > 0 {
 		t.Errorf("%+v %q", sum, wrong)
 	}

@@ -175,6 +175,15 @@ func TestTemplates(t *testing.T) {
 		"propagation":            {volumePatch(`{"name":"x","emptyDir":{"sizeLimit":"1Mi"}}`, `"mountPath":"/l","mountPropagation":"HostToContainer"`), "mountPropagation"},
 		"block device":           {`{"spec":{"containers":[{"name":"sandbox","volumeDevices":[{"name":"x","devicePath":"/dev/x"}]}]}}`, "volumeDevices"},
 		"sidecar":                {with("tools/proxy:1", "tools/proxy:2"), ""},
+		"volume without source":  {volumePatch(`{"name":"x"}`, `"mountPath":"/l"`), "no source"},
+		"no such volume":         {`{"spec":{"containers":[{"name":"sandbox","volumeMounts":[{"name":"x","mountPath":"/l"}]}]}}`, "only the template's own"},
+		"file as environment":    {`{"spec":{"containers":[{"name":"sandbox","env":[{"name":"A","valueFrom":{"fileKeyRef":{"path":"p","volumeName":"v","key":"k"}}}]}]}}`, "no value of this kind"},
+		"map as environment":     {`{"spec":{"containers":[{"name":"sandbox","env":[{"name":"A","valueFrom":{"configMapKeyRef":{"name":"x","key":"k"}}}]}]}}`, "config_maps"},
+		"projected other map":    {volumePatch(`{"name":"x","projected":{"sources":[{"configMap":{"name":"x"}}]}}`, `"mountPath":"/l","readOnly":true`), "config_maps"},
+		"sidecar that asks more": {with(`"resources":{`, `"resources":{"requests":{"memory":"1Gi"},`), "more memory than its limit"},
+		"sidecar on failure":     {with(`"Always"`, `"OnFailure"`), "Always, or none"},
+		"sidecar's environment":  {with(`"command"`, `"env":[{"name":"A","valueFrom":{"secretKeyRef":{"name":"x","key":"k"}}}],"command"`), "secrets"},
+		"large init container":   {strings.Replace(with(`"memory":"64Mi"`, `"memory":"9Gi"`), `"restartPolicy":"Always",`, ``, 1), "more memory than is permitted"},
 		"sidecar of other image": {with("tools/proxy:1", "evil"), "(containers)"},
 		"sidecar as root":        {with(`"capabilities"`, `"runAsUser":0,"capabilities"`), "root is not permitted"},
 		"sidecar as the agent":   {with(`"capabilities"`, `"runAsUser":65532,"capabilities"`), "agent's own"},
@@ -241,6 +250,16 @@ func TestTemplates(t *testing.T) {
 				t.Errorf("pod_templates is off: %v", err)
 			}
 		})
+	}
+}
+
+// TestRuntimeKept: the operator's runtime can't be taken away.
+func TestRuntimeKept(t *testing.T) {
+	spec := plainSpec()
+	spec.Template.Pod = json.RawMessage(`{"spec":{"runtimeClassName":null}}`)
+	var refused *backends.RefusedError
+	if _, err := checker(Config{PodTemplates: true, Runtime: "gvisor"}).check(spec); !errors.As(err, &refused) || !strings.Contains(refused.Reason, "can't be taken away") {
+		t.Error(err)
 	}
 }
 

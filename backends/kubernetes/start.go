@@ -524,27 +524,24 @@ func (s *sandbox) awaitDigest(ctx context.Context) {
 }
 
 // Digest implements backends.Identified.
-func (s *sandbox) Digest(ctx context.Context) string {
+func (s *sandbox) Digest() func(context.Context) string {
 	if s.info.Digest != "" {
-		return s.info.Digest
+		return func(context.Context) string { return s.info.Digest }
 	}
 	s.mu.Lock()
 	s.asking++
 	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		s.asking--
-		s.mu.Unlock()
-	}()
-	select {
-	case <-s.told:
+	return func(ctx context.Context) string {
+		select {
+		case <-s.told:
+		case <-s.removed:
+		case <-ctx.Done():
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		s.asking--
 		return s.digest
-	case <-s.removed:
-	case <-ctx.Done():
 	}
-	return ""
 }
 
 // find looks for a pod whose creation was asked for and not answered.

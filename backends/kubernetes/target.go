@@ -94,6 +94,8 @@ func (b *Backend) checkTarget(spec backends.Spec) error {
 		return refused("target: nothing can be mounted into an ephemeral container; name no mounts")
 	case t.Namespace != "" || len(t.Nodes) > 0 || t.Priority != "" || t.Runtime != "" || len(t.Groups) > 0:
 		return refused("target: its pod has namespace, node, priority, runtime and groups already; name none of them")
+	case len(t.Spread) > 0 || len(t.Pod) > 0:
+		return refused("target: its pod is there already; name no spread and no pod")
 	case t.UID == 0 && !b.config.AllowRoot:
 		return refused("uid 0 is not permitted (allow_root)")
 	case t.UID == 0 && !target.Files:

@@ -50,7 +50,7 @@ func TestDigest(t *testing.T) {
 	ctx, stop := context.WithTimeout(context.Background(), time.Minute)
 	defer stop()
 	first := startSandbox(t, b, newSpec(busyboxImage))
-	digest := first.Digest(ctx)
+	digest := first.Digest()(ctx)
 	if !strings.Contains(digest, "sha256:") {
 		t.Fatalf("%q", digest)
 	}
@@ -58,18 +58,11 @@ func TestDigest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := make(chan string, 1)
-	go func() { got <- short.(backends.Identified).Digest(ctx) }()
-	waitFor(t, "the question", func() bool {
-		s := short.(*sandbox)
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.asking > 0 || s.digest != ""
-	})
+	wait := short.(backends.Identified).Digest()
 	if err := short.Close(ctx); err != nil {
 		t.Error(err)
 	}
-	if d := <-got; d != digest {
+	if d := wait(ctx); d != digest {
 		t.Errorf("%q, and of a longer session %q", d, digest)
 	}
 	// Who asks of one that is gone is not kept.
@@ -80,7 +73,7 @@ func TestDigest(t *testing.T) {
 	if err := gone.Close(ctx); err != nil {
 		t.Error(err)
 	}
-	gone.(*sandbox).Digest(ctx)
+	gone.(*sandbox).Digest()(ctx)
 	if ctx.Err() != nil {
 		t.Error("waited for the digest of a sandbox that is gone")
 	}

@@ -121,7 +121,7 @@ func TestBucket(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, o := range []string{"text", "json"} {
-		if out, errs, code := audit(t, "verify", url, "-o", o); code != exitDamaged || !strings.Contains(out, "two segments were put under this name: see duplicates/"+name) {
+		if out, errs, code := audit(t, "verify", url, "-o", o); code != exitDamaged || !strings.Contains(out, "two objects were put under this name: see duplicates/"+name) {
 			t.Errorf("another under the same name: code %d\n%s%s", code, out, errs)
 		}
 	}

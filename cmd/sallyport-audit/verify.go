@@ -284,6 +284,8 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 	}
 	note(sum.Missing, "log is missing", "logs are missing")
 	note(sum.Waiting, "sealed log is in no checkpoint yet", "sealed logs are in no checkpoint yet")
+	note(sum.Late, "log came into the transparency log more than an hour after its end: the store or the gate was away, or it was written later",
+		"logs came into the transparency log more than an hour after their end: the store or the gate was away, or they were written later")
 	note(sum.Outside, "sealed log has no transparency log: its gate kept none", "sealed logs have no transparency log: their gate kept none")
 	note(sum.Foreign, "object is not a gate's", "objects are not a gate's")
 	if !sum.Newest.IsZero() {

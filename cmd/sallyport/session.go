@@ -86,7 +86,7 @@ func (s sessions) all(ctx context.Context) ([]sshserver.SessionInfo, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Read after the cluster's: what is this gate's own and not among these has ended meanwhile.
+	// Of its own the gate knows more than the cluster does.
 	list := s.server.Sessions()
 	own := make(map[string]bool, len(list))
 	for _, one := range list {

@@ -52,7 +52,8 @@ func logSigner(a config.Audit, create bool) (crypto.Signer, error) {
 	if a.SigningAgent != "" {
 		s = sshserver.NewAgentSigner(a.SigningAgent, keys[0])
 	} else {
-		s = &commandSigner{argv: a.SigningCommand, pub: keys[0], running: make(chan struct{}, signAtOnce)}
+		s = &commandSigner{argv: a.SigningCommand, pub: keys[0], running: make(chan struct{}, signAtOnce),
+			timeout: signTimeout}
 	}
 	return s, checkSigner(s)
 }
@@ -75,6 +76,7 @@ type commandSigner struct {
 	argv    []string
 	pub     ed25519.PublicKey
 	running chan struct{} // one for each that runs
+	timeout time.Duration // of one run
 }
 
 // Public is the key's public half, an ed25519.PublicKey.
@@ -97,7 +99,7 @@ func (s *commandSigner) Sign(_ io.Reader, message []byte, opts crypto.SignerOpts
 }
 
 func (s *commandSigner) once(message []byte) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), signTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
 	defer cancel()
 	select {
 	case s.running <- struct{}{}:
@@ -114,7 +116,7 @@ func (s *commandSigner) once(message []byte) ([]byte, error) {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(message), &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
-			err = fmt.Errorf("no signature within %s", signTimeout)
+			err = fmt.Errorf("no signature within %s", s.timeout)
 		}
 		if text := strings.TrimSpace(stderr.String()); text != "" {
 			err = fmt.Errorf("%w: %q", err, text)

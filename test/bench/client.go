@@ -51,7 +51,7 @@ func newClient(b *bench) (*sshClient, error) {
 		fmt.Fprintf(&lines, "[%s]:%s %s\n", host, port, strings.TrimSpace(pub))
 	}
 	add(b.sshd.target, b.sshd.pub)
-	for _, g := range []*gate{b.gate, b.off} {
+	for _, g := range []*gate{b.gate, b.off, b.encrypted} {
 		pub, err := g.hostKey()
 		if err != nil {
 			return nil, err

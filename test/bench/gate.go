@@ -39,11 +39,14 @@ type gate struct {
 	process *process
 }
 
-// setUpGates has sallyport demo write the configuration, and starts two gates with it: one as it is shipped, and one
-// that differs in audit.data alone. Limits that the demo has no use for are raised.
+// benchRecipient is whom the encrypted log is for: nobody reads it.
+const benchRecipient = "age1hxe4qyzgxuwytd9k25xk3a8a2yhcnddae39g29e87ushrvn4qczs30pa03"
+
+// setUpGates has sallyport demo write the configuration, and starts three gates with it: one as it is shipped, one
+// that differs in audit.data alone, and one in audit.recipients. Limits that the demo has no use for are raised.
 func (b *bench) setUpGates(ctx context.Context) error {
 	demo := b.path("demo")
-	ports, err := freePorts(5)
+	ports, err := freePorts(7)
 	if err != nil {
 		return err
 	}
@@ -98,7 +101,10 @@ func (b *bench) setUpGates(ctx context.Context) error {
 	if b.gate, err = start("Sallyport", "", ports[1], ports[2], nil); err != nil {
 		return err
 	}
-	b.off, err = start("recording off", "-off", ports[3], ports[4], map[string]any{"audit.data": "none"})
+	if b.off, err = start("recording off", "-off", ports[3], ports[4], map[string]any{"audit.data": "none"}); err != nil {
+		return err
+	}
+	b.encrypted, err = start("encrypted", "-encrypted", ports[5], ports[6], map[string]any{"audit.recipients": []string{benchRecipient}})
 	return err
 }
 

@@ -233,6 +233,7 @@ type bench struct {
 	sshd      *sshd
 	gate      *gate
 	off       *gate // with audit.data: none
+	encrypted *gate // with audit.recipients
 	cluster   *cluster
 	onCluster *gate
 	cleanUp   []func() error
@@ -309,7 +310,9 @@ type target struct {
 	rest func(context.Context, *bench) error // waits until what went before is over
 }
 
-func (b *bench) all() []*target { return []*target{&b.sshd.target, &b.gate.target, &b.off.target} }
+func (b *bench) all() []*target {
+	return []*target{&b.sshd.target, &b.gate.target, &b.off.target, &b.encrypted.target}
+}
 
 // path is a file of this run.
 func (b *bench) path(name ...string) string {

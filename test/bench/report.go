@@ -194,7 +194,8 @@ its log.
 
 - **Sallyport** is ` + "`bin/sallyport serve` with the configuration that `make demo`" + ` writes: policy, signed log,
   fsync, directory store, sandboxes without network. Only its limits on logins are raised, and its metrics are switched
-  on. **Recording off** is a second gate that differs in ` + "`audit.data: none`" + ` alone.
+  on. **Recording off** is a second gate that differs in ` + "`audit.data: none`" + ` alone, **encrypted** a third that has a
+  recipient of its log (X25519).
 - **sshd** has PAM off; its user is the one who runs the benchmark. It isolates nothing: it is the floor for SSH.
 - **Bare Docker** creates and starts a container of the same shape as the gate's, with ` + "`true`" + ` as its program,
   and waits for its end.
