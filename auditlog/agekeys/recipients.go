@@ -24,7 +24,7 @@ func ParseRecipient(s string) (age.Recipient, error) {
 		if r, err := age.ParseHybridRecipient(s); err == nil {
 			return r, nil
 		}
-		return nil, errors.New("not a recipient: malformed age1pq1...")
+		return nil, errors.New("not a recipient: it begins with age1pq1, and is malformed")
 	case strings.HasPrefix(s, "age1"):
 		if r, err := age.ParseX25519Recipient(s); err == nil {
 			return r, nil
@@ -41,7 +41,7 @@ func ParseRecipient(s string) (age.Recipient, error) {
 		return nil, errors.New("this is an identity, a secret: it belongs to the auditors and to no gate. " +
 			"Give its recipient (age-keygen -y), and take a new one, as this one has been seen here")
 	}
-	return nil, errors.New("not a recipient: want age1..., age1pq1... or ssh-ed25519 ...")
+	return nil, errors.New("not a recipient: want one that begins with age1, age1pq1 or ssh-ed25519")
 }
 
 // ParseRecipients reads a file of recipients: one a line; empty lines and lines that begin with # are skipped. A file without
@@ -90,7 +90,7 @@ func Compatible(all []age.Recipient) error {
 		}
 	}
 	if hybrid != 0 && hybrid != len(all) {
-		return errors.New("age1pq1... (post-quantum) beside others, which would undo it: write either all or none as age1pq1...")
+		return errors.New("age1pq1... (post-quantum) beside others, which would undo it: write either all or none of this type")
 	}
 	return nil
 }
