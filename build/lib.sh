@@ -295,7 +295,7 @@ cluster_up() {
 		step "using the cluster of KUBECONFIG, $cluster_kubeconfig: $(kubeconfig_says)"
 		return 0
 	fi
-	is_root || die "no cluster: set KUBECONFIG, or run this as root, which starts one"
+	is_root || die "no cluster: set KUBECONFIG, or run this as root, which starts one (test and bench do without: KUBERNETES=no)"
 	run build/cluster
 	cluster=$(cluster_binary)
 	cluster_kubeconfig=$cluster_state/admin.kubeconfig

@@ -132,7 +132,7 @@ func (s *spool) put(queue string, number uint32, objects []Object) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, o := range objects {
-		if s.fail != nil && i == len(objects)-1 {
+		if s.fail != nil && i > 0 {
 			return s.fail
 		}
 		if old, ok := s.objects[o.Name]; ok && !bytes.Equal(old, o.Bytes) {
@@ -144,7 +144,7 @@ func (s *spool) put(queue string, number uint32, objects []Object) error {
 		}
 		s.objects[o.Name], s.order[place] = o.Bytes, o.Name
 	}
-	return nil
+	return s.fail // the first is there all the same
 }
 
 func newSpool() *spool {

@@ -3,6 +3,7 @@ package verify_test
 import (
 	"context"
 	"crypto/ed25519"
+	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"maps"
@@ -209,6 +210,25 @@ func TestObjects(t *testing.T) {
 			}
 		}
 	}
+	find("s2 gone, and its leaf another's", func(m map[string][]byte) {
+		remove("/s2/")(m)
+		var s1 string
+		for _, name := range checkpoints {
+			lines := strings.Split(string(m[name]), "\n")
+			for i, l := range lines {
+				b, _ := base64.StdEncoding.DecodeString(strings.TrimPrefix(l, "leaf "))
+				leaf, err := auditlog.ParseLeaf(b)
+				switch {
+				case err != nil:
+				case strings.Contains(leaf.Dir, "/s1/"):
+					s1 = l
+				case strings.Contains(leaf.Dir, "/s2/"):
+					lines[i] = s1
+				}
+			}
+			m[name] = []byte(strings.Join(lines, "\n"))
+		}
+	}, "the leaves do not make its root hash")
 	find("s2 gone", remove("/s2/"), fmt.Sprintf("/s2/: offset 0: is missing: %d segments", len(s2)))
 	find("the transparency log gone", remove("tlog/"), "is not in the store")
 	find("end of s2 gone", func(m map[string][]byte) { delete(m, s2[len(s2)-1]) }, "its end is missing")

@@ -274,33 +274,57 @@ func (s *sandbox) targetGone(ctx context.Context) bool {
 // rewait is the time until an engine that did not answer is asked again.
 const rewait = time.Second
 
+// waitEnd gives a value when a container has ended (nil), or it can't be known. Somebody always takes the engine's answer: the
+// client's goroutine would wait for that for good.
+func (b *Backend) waitEnd(ctx context.Context, id string, what container.WaitCondition) <-chan error {
+	end := make(chan error, 1)
+	go func() {
+		ended, failed := b.engine.ContainerWait(ctx, id, what)
+		select {
+		case <-ended:
+			end <- nil
+		case err := <-failed:
+			end <- err
+		}
+	}()
+	return end
+}
+
 // watchTarget ends the session when its target has ended, or its own container: an agent that is not the first process can be
 // killed, and an engine may go on with the relay's stream for a while.
 func (s *sandbox) watchTarget() {
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	own, _ := s.backend.engine.ContainerWait(ctx, s.id, container.WaitConditionNotRunning)
+	own := s.backend.waitEnd(ctx, s.id, container.WaitConditionNotRunning)
 	for {
 		// A restarted one runs again before it can be looked at.
-		ended, failed := s.backend.engine.ContainerWait(ctx, s.joined.ID, container.WaitConditionNextExit)
+		wait, again := context.WithCancel(ctx)
+		ended := s.backend.waitEnd(wait, s.joined.ID, container.WaitConditionNextExit)
 		if s.targetGone(ctx) { // before the wait began
+			again()
 			s.client.Close()
 			return
 		}
 		select {
 		case <-s.done:
+			again()
 			return
-		case <-own:
-			s.client.Close()
-			return
-		case <-ended:
-		case <-failed:
-			select {
-			case <-s.done:
+		case err := <-own:
+			if err == nil || errdefs.IsNotFound(err) {
+				again()
+				s.client.Close()
 				return
-			case <-time.After(rewait):
+			}
+			own = nil // a heartbeat that fails says it, later
+		case err := <-ended:
+			if err != nil {
+				select {
+				case <-s.done:
+				case <-time.After(rewait):
+				}
 			}
 		}
+		again()
 	}
 }
 

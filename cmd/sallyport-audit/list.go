@@ -291,15 +291,6 @@ func size(n uint64) string {
 	return fmt.Sprintf("%d GiB", n>>30)
 }
 
-func orStore(names ...string) string {
-	for _, n := range append(names, os.Getenv(storeEnv)) {
-		if n != "" {
-			return n
-		}
-	}
-	return "the store"
-}
-
 func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
 	if t.output == "json" {
 		return printJSON(out, rep)
@@ -327,4 +318,14 @@ func (t *tool) printReport(out io.Writer, rep auditlog.Report) error {
 		fmt.Fprintf(out, "            and %d problems more\n", rep.More)
 	}
 	return err
+}
+
+// orStore names the store, for a person.
+func orStore(names ...string) string {
+	for _, n := range append(names, os.Getenv(storeEnv)) {
+		if n != "" {
+			return n
+		}
+	}
+	return "the store"
 }

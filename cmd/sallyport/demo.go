@@ -93,8 +93,8 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if d.once {
 		return nil
 	}
-	fmt.Fprintf(d.out, "\nThe gate stays open until Ctrl-C; the grant lasts an hour. Log in:\n\n  %s\n\nand read what was recorded:\n\n  %s --store %s list\n\n",
-		strings.Join(d.ssh("ssh"), " "), rel(d.path("bin", "sallyport-audit")), rel(d.path("log")))
+	fmt.Fprintf(d.out, "\nThe gate stays open until Ctrl-C; the grant lasts an hour. Log in:\n\n  %s\n\nand read what was recorded, or prove it:\n\n  %[2]s --store %[3]s list\n  %[2]s verify %[3]s --key %[4]s\n\n",
+		strings.Join(d.ssh("ssh"), " "), rel(d.path("bin", "sallyport-audit")), rel(d.path("log")), rel(d.path("state", "log.key.pub")))
 	select {
 	case <-ctx.Done():
 		fmt.Fprintln(d.out, "\nstopping")
