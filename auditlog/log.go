@@ -158,6 +158,20 @@ func (l *Log) room() error {
 	return nil
 }
 
+// take adds n bytes to the queue if the spool has room for all of it, at once: many sessions ask at a time. It gives the queue
+// without them.
+func (l *Log) take(n int64) (queue int64, ok bool) {
+	for {
+		queue = l.queue.Load()
+		if l.used.Load()+queue+n > l.cfg.SpoolLimit {
+			return queue, false
+		}
+		if l.queue.CompareAndSwap(queue, queue+n) {
+			return queue, true
+		}
+	}
+}
+
 func (l *Log) limitReached() error {
 	return fmt.Errorf("%w: %d of %d bytes", ErrSpoolLimit, l.used.Load(), l.cfg.SpoolLimit)
 }

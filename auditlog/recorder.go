@@ -64,6 +64,7 @@ type Recorder struct {
 	next     uint64 // sequence of the next record
 	durable  uint64 // records before this sequence are
 	pending  int64  // bytes taken, not yet durable
+	taken    int64  // of log.queue, for the record that is admitted and not added yet
 	oldest   time.Time
 	progress chan struct{} // closed when durable moves; nil while nobody waits
 	at       time.Time     // of the records to come; zero: now
@@ -252,23 +253,27 @@ func (r *Recorder) admit(n int) error {
 			}
 			return nil
 		}
-		// What sessions have in memory is to be in the spool, too. At the limit they wait until it is written: it may compress.
-		queue := r.log.queue.Load()
-		full := r.log.used.Load()+queue+int64(n) > r.log.cfg.SpoolLimit
-		err := r.log.room()
-		if full && queue == 0 {
-			err = r.log.limitReached()
-		}
-		if err != nil {
-			r.lose(err)
-			return r.err
-		}
 		if r.pending > 0 && r.log.now().Sub(r.oldest) > stallLimit {
 			r.lose(ErrStalled)
 			return r.err
 		}
-		if !full && (r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes) {
+		// What sessions have in memory is to be in the spool, too. At the limit they wait until it is written: it may compress.
+		queue, taken := r.log.take(int64(n))
+		full := !taken
+		err := r.log.room()
+		if full && queue == 0 {
+			err = r.log.limitReached()
+		}
+		if taken && err == nil && (r.pending == 0 || r.pending+int64(n) <= r.log.cfg.SyncBytes) {
+			r.taken = int64(n)
 			return nil
+		}
+		if taken {
+			r.log.queue.Add(-int64(n))
+		}
+		if err != nil {
+			r.lose(err)
+			return r.err
 		}
 		var others <-chan time.Time
 		if full {
@@ -349,7 +354,8 @@ func (r *Recorder) added(n int, now time.Time) {
 		r.oldest = now
 	}
 	r.pending += int64(n)
-	r.log.queue.Add(int64(n))
+	r.log.queue.Add(int64(n) - r.taken)
+	r.taken = 0
 	if len(r.tail.b) >= frameTarget {
 		r.handOn()
 	}
