@@ -41,7 +41,6 @@ type cluster struct {
 	core       *rest.RESTClient
 	networking *rest.RESTClient
 	params     runtime.ParameterCodec
-	spdy       spdyOnly
 }
 
 func newCluster(c Config, log *slog.Logger) (*cluster, error) {

@@ -425,7 +425,7 @@ func (b *Backend) Transport() (transport, why string) {
 	if b.config.Stream == streamDirect {
 		return "direct", fmt.Sprintf("TLS to port %d of each pod's address; its key is asked for by pods/exec", b.config.DirectPort)
 	}
-	return "relay", "pods/exec by way of the API server, over WebSocket, or SPDY where that does not get through"
+	return "relay", "pods/exec by way of the API server, over SPDY, or WebSocket where that does not get through"
 }
 
 // Close closes the connections to the cluster. It ends no sandbox: those end when they are closed, or the gate does.

@@ -276,12 +276,14 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 	looked := began
 	var last error
 	unauthorized := 0 // once in a row is a token that has just been renewed
-	spdy := s.backend.cluster.spdy.found.Load()
 	for {
-		client, err := s.try(ctx, spdy, key, hello)
+		client, err := s.try(ctx, overSPDY, key, hello)
+		early := err != nil && notYet(err)
+		if err != nil && !early && ctx.Err() == nil {
+			client, err = s.try(ctx, overWebSocket, key, hello)
+		}
 		if err == nil {
 			s.client = client
-			s.backend.cluster.spdy.found.Store(spdy)
 			return nil
 		}
 		var dead *backends.TextError
@@ -296,10 +298,10 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 			return s.late(ctx, last)
 		}
 		last = err
-		if upgradeRefused(err) {
-			spdy = !spdy
-		}
 		wait := attempts(time.Since(began))
+		if !early {
+			wait = max(wait, webSocketPause)
+		}
 		switch status := answered(err); {
 		case status == nil:
 		case apierrors.IsUnauthorized(status) && unauthorized == 0:
@@ -338,7 +340,7 @@ func (s *sandbox) late(ctx context.Context, last error) error {
 }
 
 // try makes one attempt.
-func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
+func (s *sandbox) try(ctx context.Context, over protocol, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
 	if err := s.backend.tries.Wait(ctx); err != nil {
 		return nil, err
 	}
@@ -346,9 +348,9 @@ func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, he
 	at := s.at
 	s.mu.Unlock()
 	if s.backend.config.Stream == streamDirect {
-		return s.dial(ctx, at, spdy, key, hello)
+		return s.dial(ctx, at, over, key, hello)
 	}
-	stream, err := s.backend.cluster.exec(ctx, at, spdy, insideAgent, "relay", "--socket", insideRelay)
+	stream, err := s.backend.cluster.exec(ctx, at, over, insideAgent, "relay", "--socket", insideRelay)
 	if err != nil {
 		return nil, err
 	}
@@ -364,9 +366,9 @@ func (s *sandbox) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, he
 }
 
 // dial makes one attempt to reach the agent at the pod's address. Its key is asked for first, by way of the API server, and once.
-func (s *sandbox) dial(ctx context.Context, at slot, spdy bool, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
+func (s *sandbox) dial(ctx context.Context, at slot, over protocol, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
 	if s.pin.Key == nil {
-		stream, err := s.backend.cluster.exec(ctx, at, spdy, insideAgent, "pin", "--socket", insideRelay)
+		stream, err := s.backend.cluster.exec(ctx, at, over, insideAgent, "pin", "--socket", insideRelay)
 		if err != nil {
 			return nil, err
 		}

@@ -7,9 +7,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -20,8 +20,33 @@ import (
 	"k8s.io/streaming/pkg/httpstream"
 )
 
-// spdyOnly says by which protocol the next stream is tried. A proxy before the API server may not let WebSocket through.
-type spdyOnly struct{ found atomic.Bool }
+// protocol is what a stream is upgraded to.
+type protocol bool
+
+// An agent is tried over SPDY until it is there. Over WebSocket, each exec in a container that does not run yet leaves a connection
+// to the kubelet in the API server for good (measured on Kubernetes 1.35.4; over SPDY none does), and there are some such with each
+// login. But SPDY's errors are text alone, and a proxy before the API server may not let it through: what is not known to mean
+// "not yet" is tried over WebSocket.
+const (
+	overSPDY      protocol = false
+	overWebSocket protocol = true
+)
+
+// webSocketPause is the least time between two attempts over WebSocket.
+const webSocketPause = time.Second
+
+// notYet says that an attempt over SPDY came before the container did.
+func notYet(err error) bool {
+	text := err.Error()
+	return slices.ContainsFunc([]string{
+		"container not found (",               // kubelet
+		"pod does not exist",                  // kubelet that has not heard of it yet
+		"does not have a host assigned",       // API server: no node yet
+		"is in CONTAINER_CREATED state",       // containerd
+		"is in CONTAINER_EXITED state",        // containerd; the watch says why
+		"container is not created or running", // CRI-O
+	}, func(s string) bool { return strings.Contains(text, s) })
+}
 
 // stream is a program's stdin and stdout in a pod, as a connection.
 type stream struct {
@@ -33,23 +58,23 @@ type stream struct {
 }
 
 // exec starts a program in the pod's main container: see execIn.
-func (k *cluster) exec(ctx context.Context, at slot, spdy bool, command ...string) (*stream, error) {
-	return k.execIn(ctx, at, mainContainer, spdy, command...)
+func (k *cluster) exec(ctx context.Context, at slot, over protocol, command ...string) (*stream, error) {
+	return k.execIn(ctx, at, mainContainer, over, command...)
 }
 
 // execIn starts a program in a container of the pod's (pods/exec). It does not wait for an answer: a stream that could not be
 // had ends at once, and its err says why.
-func (k *cluster) execIn(ctx context.Context, at slot, container string, spdy bool, command ...string) (*stream, error) {
+func (k *cluster) execIn(ctx context.Context, at slot, container string, over protocol, command ...string) (*stream, error) {
 	r := k.core.Post().Namespace(at.namespace).Resource("pods").Name(at.name).SubResource("exec").
 		VersionedParams(&corev1.PodExecOptions{
 			Container: container, Command: command, Stdin: true, Stdout: true, Stderr: true,
 		}, k.params)
 	var e remotecommand.Executor
 	var err error
-	if spdy {
-		e, err = remotecommand.NewSPDYExecutor(k.config, http.MethodPost, r.URL())
-	} else {
+	if over == overWebSocket {
 		e, err = remotecommand.NewWebSocketExecutor(k.config, http.MethodGet, r.URL().String())
+	} else {
+		e, err = remotecommand.NewSPDYExecutor(k.config, http.MethodPost, r.URL())
 	}
 	if err != nil {
 		return nil, err
@@ -178,9 +203,4 @@ func answered(err error) *apierrors.StatusError {
 		return status
 	}
 	return nil
-}
-
-// upgradeRefused says that the protocol is what was refused.
-func upgradeRefused(err error) bool {
-	return httpstream.IsHTTPSProxyError(err) || httpstream.IsUpgradeFailure(err) && answered(err) == nil
 }

@@ -526,21 +526,23 @@ const lookEveryGuest = time.Second
 func (g *guest) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.Hello) error {
 	began := time.Now()
 	looked := began
-	spdy := g.backend.cluster.spdy.found.Load()
 	for {
-		client, err := g.try(ctx, spdy, key, hello)
+		client, err := g.try(ctx, overSPDY, key, hello)
+		early := err != nil && notYet(err)
+		if err != nil && !early && ctx.Err() == nil {
+			client, err = g.try(ctx, overWebSocket, key, hello)
+		}
 		if err == nil {
 			g.client = client
-			g.backend.cluster.spdy.found.Store(spdy)
 			return nil
 		}
 		if ctx.Err() != nil {
 			return fmt.Errorf("kubernetes: reach the agent: %w; at last: %w", context.Cause(ctx), err)
 		}
-		if upgradeRefused(err) {
-			spdy = !spdy
-		}
 		wait := attempts(time.Since(began))
+		if !early {
+			wait = max(wait, webSocketPause)
+		}
 		if status := answered(err); status != nil && apierrors.IsForbidden(status) {
 			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
 		}
@@ -587,7 +589,7 @@ func (g *guest) look(ctx context.Context) error {
 }
 
 // try makes one attempt.
-func (g *guest) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
+func (g *guest) try(ctx context.Context, over protocol, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
 	if err := g.backend.tries.Wait(ctx); err != nil {
 		return nil, err
 	}
@@ -595,7 +597,7 @@ func (g *guest) try(ctx context.Context, spdy bool, key ed25519.PrivateKey, hell
 	if g.target.Processes {
 		command = append(command, "--pid", "0")
 	}
-	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, spdy, command...)
+	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, over, command...)
 	if err != nil {
 		return nil, err
 	}
@@ -821,7 +823,7 @@ func (g *guest) remove(ctx context.Context) error {
 func (g *guest) kill(ctx context.Context) error {
 	ctx, stop := context.WithTimeout(ctx, answerWait)
 	defer stop()
-	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, g.backend.cluster.spdy.found.Load(), insideAgent, "end")
+	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, overWebSocket, insideAgent, "end")
 	if err != nil {
 		return err
 	}

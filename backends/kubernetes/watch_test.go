@@ -111,21 +111,23 @@ func TestRefusal(t *testing.T) {
 	}
 }
 
-func TestUpgradeRefused(t *testing.T) {
-	byServer := &httpstream.UpgradeFailureError{Cause: apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "x", nil)}
-	for _, test := range []struct {
-		err     error
-		refused bool
-	}{
-		{fmt.Errorf("x: %w", &httpstream.UpgradeFailureError{Cause: errors.New("502 Bad Gateway")}), true},
-		{errors.New("proxy: unknown scheme: https"), true},
-		{byServer, false},
-		{errors.New("connection refused"), false},
+func TestNotYet(t *testing.T) {
+	for text, want := range map[string]bool{
+		`unable to upgrade connection: container not found ("sandbox")`:               true,
+		`unable to upgrade connection: pod does not exist`:                            true,
+		`unable to upgrade connection: pods "sp-1" not found`:                         false,
+		`unable to upgrade connection: pods "sp-1" is forbidden: User "x" cannot ...`: false,
+		`unable to upgrade connection: 502 Bad Gateway`:                               false,
+		`dial tcp 127.0.0.1:1: connect: connection refused`:                           false,
 	} {
-		if upgradeRefused(test.err) != test.refused {
-			t.Errorf("%v", test.err)
+		if notYet(errors.New(text)) != want {
+			t.Errorf("%s: want %v", text, want)
 		}
 	}
+}
+
+func TestAnswered(t *testing.T) {
+	byServer := &httpstream.UpgradeFailureError{Cause: apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "x", nil)}
 	if s := answered(fmt.Errorf("x: %w", byServer)); s == nil || !apierrors.IsForbidden(s) {
 		t.Errorf("%v", s)
 	}
