@@ -34,10 +34,11 @@ func key(seed byte) ed25519.PrivateKey {
 
 func public(seed byte) ed25519.PublicKey { return key(seed).Public().(ed25519.PublicKey) }
 
-// store is a store in memory, whose objects came long ago.
+// store is a store in memory, whose objects came long ago, or when it says.
 type store struct {
-	mu sync.Mutex
-	m  map[string][]byte
+	mu   sync.Mutex
+	m    map[string][]byte
+	came time.Time // of all objects; zero: long ago
 }
 
 func newStore() *store { return &store{m: make(map[string][]byte)} }
@@ -58,14 +59,17 @@ func (s *store) Put(_ context.Context, name string, r io.Reader, size int64) err
 
 func (s *store) List(_ context.Context, prefix string) iter.Seq2[auditlog.Object, error] {
 	s.mu.Lock()
-	names := slices.Sorted(maps.Keys(s.m))
+	names, came := slices.Sorted(maps.Keys(s.m)), s.came
 	s.mu.Unlock()
+	if came.IsZero() {
+		came = time.Unix(1, 0)
+	}
 	return func(yield func(auditlog.Object, error) bool) {
 		for _, n := range names {
 			s.mu.Lock()
 			size := int64(len(s.m[n]))
 			s.mu.Unlock()
-			if strings.HasPrefix(n, prefix) && !yield(auditlog.Object{Name: n, Size: size, Modified: time.Unix(1, 0)}, nil) {
+			if strings.HasPrefix(n, prefix) && !yield(auditlog.Object{Name: n, Size: size, Modified: came}, nil) {
 				return
 			}
 		}
@@ -93,7 +97,7 @@ func (s *store) names(part string) []string {
 	return names
 }
 
-func (s *store) clone() *store { return &store{m: maps.Clone(s.m)} }
+func (s *store) clone() *store { return &store{m: maps.Clone(s.m), came: s.came} }
 
 func must(t testing.TB, err error) {
 	t.Helper()

@@ -26,6 +26,8 @@ const (
 	// fresh is how long after it came a log may be in no checkpoint of the store, whatever its end says: a store that was away
 	// gets logs whose end is long ago, and their checkpoint a moment later.
 	fresh = 2 * time.Minute
+	// skew is how far the clocks of gate, store and auditor may be apart.
+	skew = time.Minute
 	// maxDays is the most days that are listed one by one.
 	maxDays = 366
 	// late is how long after a log's end its leaf is worth a word.
@@ -316,6 +318,8 @@ func (v *Run) compare(c *checked) {
 		v.Summary.Waiting++
 	case v.trees[c.origin] == nil:
 		damaged("its transparency log %q is not in the store", c.origin)
+	case v.ahead(c.end):
+		damaged("its end, %s, lies in the future by this machine's clock", c.end.Format(time.RFC3339))
 	default:
 		damaged("is not in its transparency log, which went on after its end")
 	}
@@ -331,14 +335,22 @@ func (v *Run) hadTree(c *checked) bool {
 	return false
 }
 
-// waits says whether a log without a leaf may be one that is still to get it.
+// waits says whether a log without a leaf may be one that is still to get it. Whoever keeps the store says when a log came, and
+// who has the key says when it ended: neither word alone may excuse a log for ever.
 func (v *Run) waits(c *checked) bool {
-	if v.Options.Now().Sub(c.newest) < fresh {
-		return true
-	}
+	came := v.recent(c.newest)
 	t := v.trees[c.origin]
-	return t != nil && !t.report.Newest.After(c.end.Add(leafWait))
+	if t == nil { // its first checkpoint may be on its way
+		return came && v.recent(c.end)
+	}
+	return came || !v.ahead(c.end) && !t.report.Newest.After(c.end.Add(leafWait))
 }
+
+// recent says whether a time is of the last moments, and not of the future.
+func (v *Run) recent(at time.Time) bool { return !v.ahead(at) && v.Options.Now().Sub(at) < fresh }
+
+// ahead says whether a time lies in the future, by more than clocks may be apart.
+func (v *Run) ahead(at time.Time) bool { return at.After(v.Options.Now().Add(skew)) }
 
 // problem tells of one that is no log's.
 func (v *Run) problem(object string, format string, args ...any) error {

@@ -24,6 +24,9 @@ const (
 	exitStale    = 4
 )
 
+// maxAhead is how far the gate's clock may be ahead of ours, for --live.
+const maxAhead = time.Minute
+
 // codeError is one that has an exit code of its own.
 type codeError struct {
 	code int
@@ -61,7 +64,7 @@ Where old logs are deleted, as an expiry rule does, --from names the first day f
 
 Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there); 2 something is altered,
 cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end yet, or no checkpoint has it; 4 with
---live: the newest checkpoint is too old. Of several, 2 comes before 4, and 4 before 3.`,
+--live: the newest checkpoint is too old, or of the future. Of several, 2 comes before 4, and 4 before 3.`,
 		Example: `  sallyport-audit verify /mnt/evidence --key gate.pub
   sallyport-audit verify latest
   sallyport-audit verify s3://evidence/gate-1 --day 2026-11-24 --sealed --quiet
@@ -202,6 +205,9 @@ func (o verifyOptions) stale(sum verify.Summary) error {
 		switch age := time.Since(at); {
 		case at.IsZero():
 			return &codeError{exitStale, "there is no checkpoint" + of}
+		case age < -maxAhead:
+			return &codeError{exitStale, fmt.Sprintf("the newest checkpoint%s is %s ahead of this machine's clock: that says nothing of the gate now",
+				of, -age.Round(time.Second))}
 		case age > o.beat:
 			return &codeError{exitStale, fmt.Sprintf("the newest checkpoint%s is %s old: the gate is down, or its newest objects were taken away",
 				of, age.Round(time.Second))}

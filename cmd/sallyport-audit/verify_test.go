@@ -13,6 +13,7 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 // treeStore is a store of a gate that keeps a transparency log, and the file of its key.
@@ -93,11 +94,11 @@ func TestVerifyStore(t *testing.T) {
 	if err != nil || len(names) != 1 {
 		t.Fatal(names, err)
 	}
-	tlog, err := filepath.Glob(filepath.Join(other, "tlog/gate-1/*/checkpoint/*"))
-	if err != nil || len(tlog) < 2 {
-		t.Fatal(tlog, err)
+	checkpoints, err := filepath.Glob(filepath.Join(other, "tlog/gate-1/*/checkpoint/*"))
+	if err != nil || len(checkpoints) < 2 {
+		t.Fatal(checkpoints, err)
 	}
-	if err := os.Remove(tlog[len(tlog)-1]); err != nil {
+	if err := os.Remove(checkpoints[len(checkpoints)-1]); err != nil {
 		t.Fatal(err)
 	}
 	run(0, "1 sealed log is in no checkpoint yet", "verify", other)
@@ -118,6 +119,43 @@ func TestVerifyStore(t *testing.T) {
 	run(2, "1 log is missing", "verify", dir, "--day", day)
 	run(0, "0 logs", "verify", dir, "--from", "2999-01-01")
 	run(0, "sealed      s2 ", "verify", "s2", "--store", dir)
+}
+
+// A checkpoint of the future, by who has the key or by a clock that is wrong, does not let a gate pass for alive.
+func TestVerifyLiveAhead(t *testing.T) {
+	dir, keys := treeStore(t, "s1")
+	names, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*/checkpoint/*"))
+	if err != nil || len(names) == 0 {
+		t.Fatal(names, err)
+	}
+	last := names[len(names)-1]
+	b, err := os.ReadFile(last)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := tlog.ParseCheckpoint(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Number, c.Old, c.Entries, c.Time = c.Number+1, c.Size, nil, time.Now().AddDate(70, 0, 0)
+	if err := c.Sign(testKey); err != nil {
+		t.Fatal(err)
+	}
+	if b, err = c.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, tlog.CheckpointName(tlog.Dir(c.Gate, c.Log), c.Number)), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"--live"}, {"--live", "--gate", "gate-1"}, {"--live", "--beat", "1000h"}} {
+		out, errs, code := audit(t, append([]string{"verify", dir, "--key", keys}, args...)...)
+		if code != exitStale || !strings.Contains(errs, "ahead of this machine's clock") {
+			t.Errorf("%q: code %d\n%s%s", args, code, out, errs)
+		}
+	}
+	if out, errs, code := audit(t, "verify", dir, "--key", keys); code != 0 {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
 }
 
 // keyFileOf is a file with the public key of a seed.
