@@ -54,6 +54,26 @@ func TestAttackTimesOfObjects(t *testing.T) {
 	finds(t, "comes in the future", s, at(now.Add(time.Hour)), none, 0)
 }
 
+// A store that was away gets logs whose end is long ago, and beats before their leaves. A verification that takes an hour, and read
+// the checkpoints at its start, does not hold them against its own end.
+func TestLongVerify(t *testing.T) {
+	s := withoutLeaf(t, 30*time.Minute)
+	start := time.Now().Add(time.Hour)
+	for _, came := range []time.Duration{-time.Minute, 0, time.Minute, 59 * time.Minute} {
+		s.came = start.Add(came)
+		o, times := pinned, 0
+		o.Now = func() time.Time {
+			if times++; times == 1 {
+				return start
+			}
+			return start.Add(time.Hour)
+		}
+		finds(t, "came "+came.String()+" after the start", s, o, "", 1)
+	}
+	s.came = start.Add(-3 * time.Minute)
+	finds(t, "came before", s, at(start), "which went on after its end", 0)
+}
+
 // Who has the key writes a session that ended in the future: no checkpoint is later than that.
 func TestAttackEndInTheFuture(t *testing.T) {
 	s := withoutLeaf(t, 0)

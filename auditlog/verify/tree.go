@@ -43,6 +43,7 @@ type tile struct {
 
 // readTrees reads the transparency logs below a prefix.
 func (v *Run) readTrees(ctx context.Context, prefix string) error {
+	v.began = v.Options.Now()
 	var cur *tree
 	end := func() error {
 		if cur == nil {

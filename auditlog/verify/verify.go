@@ -119,6 +119,7 @@ type Run struct {
 	Options Options
 	Summary Summary
 
+	began  time.Time        // when the reading of checkpoints did
 	trees  map[string]*tree // by origin
 	leaves leaves
 	unread error // the first of the source, of an object of a log
@@ -346,8 +347,9 @@ func (v *Run) waits(c *checked) bool {
 	return came || !v.ahead(c.end) && !t.report.Newest.After(c.end.Add(leafWait))
 }
 
-// recent says whether a time is of the last moments, and not of the future.
-func (v *Run) recent(at time.Time) bool { return !v.ahead(at) && v.Options.Now().Sub(at) < fresh }
+// recent says whether a time is of the last moments before the checkpoints were read, or later, and not of the future: what came
+// since can't be in these checkpoints, however long the verification takes.
+func (v *Run) recent(at time.Time) bool { return !v.ahead(at) && v.began.Sub(at) < fresh }
 
 // ahead says whether a time lies in the future, by more than clocks may be apart.
 func (v *Run) ahead(at time.Time) bool { return at.After(v.Options.Now().Add(skew)) }
