@@ -1,10 +1,13 @@
 package verify_test
 
 import (
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/tlog"
 	"github.com/sallyport/sallyport/auditlog/verify"
 )
@@ -81,6 +84,76 @@ func TestAttackEndInTheFuture(t *testing.T) {
 	finds(t, "just ended", s, at(now), "", 1)
 	finds(t, "clocks apart", s, at(now.Add(-30*time.Second)), "", 1)
 	finds(t, "ends in the future", s, at(now.AddDate(-70, 0, 0)), "lies in the future", 0)
+}
+
+// forged gives the objects of a session that who has the key wrote elsewhere, later than the gate's transparency log began.
+func forged(t *testing.T, g *gate) map[string][]byte {
+	t.Helper()
+	s := newStore()
+	g.t, g.dir, g.store, g.key = t, t.TempDir(), s, 7
+	g.open()
+	g.session("forged", 9000)
+	g.close()
+	objects := make(map[string][]byte)
+	for _, n := range s.names("/forged/") {
+		objects[n] = s.m[n]
+	}
+	if len(objects) < 3 {
+		t.Fatalf("%d segments", len(objects))
+	}
+	return objects
+}
+
+// Who has the key writes sessions that name another gate, as only names were compared, and none of the transparency logs: the key
+// is known by them.
+func TestAttackOtherGate(t *testing.T) {
+	s := kept(t)
+	maps.Copy(s.m, forged(t, &gate{name: "gate-9", noTree: true}))
+	finds(t, "no transparency log, another gate", s, pinned, "names no transparency log, though its gate, or its key, had one then", 0)
+	// The same of the session alone.
+	for log, err := range auditlog.Logs(t.Context(), s, auditlog.SessionPrefix) {
+		must(t, err)
+		sum, err := verify.New(s, pinned).Log(t.Context(), log)
+		must(t, err)
+		if sum.Damaged() != (log.Name.ID == "forged") || sum.Outside > 0 {
+			t.Errorf("%s alone: %+v", log.Name.ID, sum)
+		}
+	}
+	// Another key is another gate's, which may keep none.
+	s = kept(t)
+	g := &gate{t: t, dir: t.TempDir(), store: s, key: 8, name: "gate-9", noTree: true}
+	g.open()
+	g.session("other", 10)
+	g.close()
+	both := pinned
+	both.Keys = append(slices.Clone(pinned.Keys), public(8))
+	finds(t, "another key", s, both, "", 0)
+}
+
+// Who has the key writes sessions without an end: nothing asks for their leaf. They are told of when nothing more comes of them.
+func TestAttackWithoutEnd(t *testing.T) {
+	for _, name := range []string{"gate-1", "gate-9"} {
+		s := kept(t)
+		live := forged(t, &gate{name: name, noTree: true})
+		delete(live, slices.Sorted(maps.Keys(live))[len(live)-1])
+		maps.Copy(s.m, live)
+		c := s.names("/checkpoint/")
+		last, err := tlog.ParseCheckpoint(s.m[c[len(c)-1]])
+		must(t, err)
+		for _, went := range []time.Duration{time.Hour, 25 * time.Hour} {
+			beat := *last
+			beat.Number, beat.Old, beat.Entries, beat.Time = last.Number+1, last.Size, nil, last.Time.Add(went)
+			s.m[tlog.CheckpointName(tlog.Dir(beat.Gate, beat.Log), beat.Number)] = signed(t, &beat)
+			sum, wrong := check(t, s, pinned)
+			silent := 0
+			if went > 24*time.Hour {
+				silent = 1
+			}
+			if len(wrong) > 0 || sum.Logs[auditlog.Live] != 1 || sum.Silent != silent || !sum.Unsealed() {
+				t.Errorf("%s, went on for %s: %+v %q", name, went, sum, wrong)
+			}
+		}
+	}
 }
 
 // withoutLeaf is a store with a session whose leaf no checkpoint has; the newest is made this long after the session.

@@ -2,6 +2,7 @@ package verify_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -112,6 +113,7 @@ type gate struct {
 	dir   string
 	store auditlog.Store
 	key   byte
+	name  string // "": gate-1
 
 	noTree bool
 	index  bool
@@ -125,10 +127,20 @@ func (g *gate) open() {
 		tree = ""
 	}
 	l, err := auditlog.Open(context.Background(), auditlog.Config{Spool: filepath.Join(g.dir, "spool"), Tree: tree,
-		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index}, key(g.key), g.store, "gate-1",
+		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index}, key(g.key), g.store, cmp.Or(g.name, "gate-1"),
 		slog.New(slog.DiscardHandler))
 	must(g.t, err)
 	g.Log = l
+}
+
+// begun waits until the store has the gate's key and its first checkpoint.
+func (g *gate) begun() {
+	g.t.Helper()
+	for end := time.Now().Add(time.Minute); g.Stats().Waiting > 0 || g.Stats().Stored < 2; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			g.t.Fatal("its key and its first checkpoint are not stored")
+		}
+	}
 }
 
 func (g *gate) close() {

@@ -447,11 +447,7 @@ func TestInterrupted(t *testing.T) {
 	r := g.New("s1")
 	must(t, r.Record(0, &auditlog.Connect{Gate: "gate-1"}))
 	must(t, r.Begin())
-	for end := time.Now().Add(time.Minute); g.Stats().Waiting > 0 || g.Stats().Stored < 2; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("its key and its first checkpoint are not stored")
-		}
-	}
+	g.begun()
 	dir, then := t.TempDir(), s.clone()
 	copyDir(t, g.dir, dir)
 	must(t, r.Close(&auditlog.End{Cause: "client-left"}))
@@ -493,6 +489,7 @@ func TestBesideGate(t *testing.T) {
 	s := newStore()
 	g := &gate{t: t, dir: t.TempDir(), store: s, key: 7}
 	g.open()
+	g.begun() // this store's objects came long ago: a log without any checkpoint would be excused by nothing
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -293,6 +293,8 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 	note(sum.Late, "log came into the transparency log more than an hour after its end: the store or the gate was away, or it was written later",
 		"logs came into the transparency log more than an hour after their end: the store or the gate was away, or they were written later")
 	note(sum.Outside, "sealed log has no transparency log: its gate kept none", "sealed logs have no transparency log: their gate kept none")
+	note(sum.Silent, "session has no end, and nothing of it came for over a day while its gate, or its key, went on",
+		"sessions have no end, and nothing of them came for over a day while their gate, or their key, went on")
 	note(sum.Foreign, "object is not a gate's", "objects are not a gate's")
 	if !sum.Newest.IsZero() {
 		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), time.Since(sum.Newest).Round(time.Second))

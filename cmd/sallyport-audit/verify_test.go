@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -124,6 +125,56 @@ func TestVerifyStore(t *testing.T) {
 // A checkpoint of the future, by who has the key or by a clock that is wrong, does not let a gate pass for alive.
 func TestVerifyLiveAhead(t *testing.T) {
 	dir, keys := treeStore(t, "s1")
+	beatAt(t, dir, time.Now().AddDate(70, 0, 0))
+	for _, args := range [][]string{{"--live"}, {"--live", "--gate", "gate-1"}, {"--live", "--beat", "1000h"}} {
+		out, errs, code := audit(t, append([]string{"verify", dir, "--key", keys}, args...)...)
+		if code != exitStale || !strings.Contains(errs, "ahead of this machine's clock") {
+			t.Errorf("%q: code %d\n%s%s", args, code, out, errs)
+		}
+	}
+	if out, errs, code := audit(t, "verify", dir, "--key", keys); code != 0 {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+}
+
+// A session without an end, of which nothing has come for long: it is told of, and --sealed fails.
+func TestVerifySilent(t *testing.T) {
+	dir, keys := treeStore(t, "s1")
+	spool := t.TempDir()
+	store, err := file.NewStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := auditlog.Open(t.Context(), auditlog.Config{Spool: spool, SegmentAge: 10 * time.Millisecond}, testKey, store, "gate-9", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := l.New("live")
+	if err := errors.Join(r.Record(0, &auditlog.Connect{Gate: "gate-9"}), r.Begin(), r.Sync(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); l.Stats().Stored < 1; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not stored")
+		}
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := errors.Join(r.Close(&auditlog.End{Cause: "client-left"}), l.Close(ctx)); err != nil {
+			t.Error(err)
+		}
+	})
+	beatAt(t, dir, time.Now().Add(25*time.Hour))
+	out, errs, code := audit(t, "verify", dir, "--key", keys, "--sealed")
+	if code != exitUnsealed || !strings.Contains(out, "1 session has no end, and nothing of it came for over a day") {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+}
+
+// beatAt puts a checkpoint with nothing new into a store, of this time.
+func beatAt(t *testing.T, dir string, at time.Time) {
+	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*/checkpoint/*"))
 	if err != nil || len(names) == 0 {
 		t.Fatal(names, err)
@@ -137,7 +188,7 @@ func TestVerifyLiveAhead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Number, c.Old, c.Entries, c.Time = c.Number+1, c.Size, nil, time.Now().AddDate(70, 0, 0)
+	c.Number, c.Old, c.Entries, c.Time = c.Number+1, c.Size, nil, at
 	if err := c.Sign(testKey); err != nil {
 		t.Fatal(err)
 	}
@@ -146,15 +197,6 @@ func TestVerifyLiveAhead(t *testing.T) {
 	}
 	if err := os.WriteFile(filepath.Join(dir, tlog.CheckpointName(tlog.Dir(c.Gate, c.Log), c.Number)), b, 0o600); err != nil {
 		t.Fatal(err)
-	}
-	for _, args := range [][]string{{"--live"}, {"--live", "--gate", "gate-1"}, {"--live", "--beat", "1000h"}} {
-		out, errs, code := audit(t, append([]string{"verify", dir, "--key", keys}, args...)...)
-		if code != exitStale || !strings.Contains(errs, "ahead of this machine's clock") {
-			t.Errorf("%q: code %d\n%s%s", args, code, out, errs)
-		}
-	}
-	if out, errs, code := audit(t, "verify", dir, "--key", keys); code != 0 {
-		t.Errorf("code %d\n%s%s", code, out, errs)
 	}
 }
 
