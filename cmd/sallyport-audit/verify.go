@@ -308,7 +308,8 @@ func (t *tool) checkpointCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "checkpoint [STORE]", Short: "Print the newest checkpoint of each transparency log, to keep elsewhere", Args: cobra.MaximumNArgs(1),
 		Long: `Print the newest checkpoint of each gate's transparency log, as C2SP signed notes, after proving the logs. Kept where the store's
-keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed.`,
+keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed. Logs that have ended are
+among them: of these nothing else shows that their end was taken away.`,
 		Example: `  sallyport-audit checkpoint s3://evidence/gate-1 --key gate.pub > kept.checkpoint`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""
@@ -333,9 +334,6 @@ keeper can't change it, it lets verify --since prove later that nothing up to th
 					if err := t.printTree(c.ErrOrStderr(), tr); err != nil {
 						return err
 					}
-					continue
-				}
-				if tr.Ended {
 					continue
 				}
 				if _, err := c.OutOrStdout().Write(tr.Note); err != nil {

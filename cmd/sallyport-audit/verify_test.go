@@ -20,7 +20,19 @@ import (
 // treeStore is a store of a gate that keeps a transparency log, and the file of its key.
 func treeStore(t *testing.T, sessions ...string) (dir, keys string) {
 	t.Helper()
-	dir, state := t.TempDir(), t.TempDir()
+	dir = t.TempDir()
+	runGate(t, dir, sessions...)
+	published, err := filepath.Glob(filepath.Join(dir, "keys/gate-1/*.pub"))
+	if err != nil || len(published) != 1 {
+		t.Fatal(published, err)
+	}
+	return dir, published[0]
+}
+
+// runGate writes sessions into a store, as a gate without any state does: it begins a transparency log.
+func runGate(t *testing.T, dir string, sessions ...string) {
+	t.Helper()
+	state := t.TempDir()
 	store, err := file.NewStore(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -38,11 +50,55 @@ func treeStore(t *testing.T, sessions ...string) (dir, keys string) {
 	if err := l.Close(ctx); err != nil {
 		t.Fatal(err)
 	}
-	published, err := filepath.Glob(filepath.Join(dir, "keys/gate-1/*.pub"))
-	if err != nil || len(published) != 1 {
-		t.Fatal(published, err)
+}
+
+// Nothing goes on from a transparency log that has ended: only a kept checkpoint tells that its end, or all of it, was taken away
+// with the sessions.
+func TestVerifyEnded(t *testing.T) {
+	dir, keys := treeStore(t, "s1")
+	ended, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*"))
+	if err != nil || len(ended) != 1 {
+		t.Fatal(ended, err)
 	}
-	return dir, published[0]
+	runGate(t, dir, "s2")
+	kept, errs, code := audit(t, "checkpoint", dir, "--key", keys)
+	if code != 0 || strings.Count(kept, "sallyport/gate-1/") != 4 { // each names its log twice
+		t.Fatalf("code %d: %s%s", code, kept, errs)
+	}
+	file := filepath.Join(t.TempDir(), "kept")
+	if err := os.WriteFile(file, []byte(kept), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	verify := func(code int, want string, args ...string) {
+		t.Helper()
+		out, errs, got := audit(t, append([]string{"verify", dir, "--key", keys, "--live", "--beat", "1h"}, args...)...)
+		if got != code || !strings.Contains(out, want) {
+			t.Errorf("%q: code %d, want %d and %q:\n%s%s", args, got, code, want, out, errs)
+		}
+	}
+	verify(0, "it ended there", "--since", file)
+	s1, err := filepath.Glob(filepath.Join(dir, "sessions/*/*/*/s1"))
+	if err != nil || len(s1) != 1 {
+		t.Fatal(s1, err)
+	}
+	last, err := filepath.Glob(filepath.Join(ended[0], "checkpoint/*"))
+	if err != nil || len(last) < 2 {
+		t.Fatal(last, err)
+	}
+	remove := func(names ...string) {
+		t.Helper()
+		for _, n := range names {
+			if err := os.RemoveAll(n); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	remove(s1[0], last[len(last)-1])
+	verify(0, "1 logs: 1 sealed")
+	verify(2, "its newest objects were taken away", "--since", file)
+	remove(ended[0])
+	verify(0, "1 logs: 1 sealed")
+	verify(2, "the transparency log of the kept checkpoint is not in the store", "--since", file)
 }
 
 func TestVerifyStore(t *testing.T) {
