@@ -439,6 +439,39 @@ func TestLostState(t *testing.T) {
 	}
 }
 
+// Kept checkpoints of several gates do not speak against a session of one of them; that its own gate's is not there does.
+func TestSinceOfSeveralGates(t *testing.T) {
+	s := kept(t)
+	g := &gate{t: t, dir: t.TempDir(), store: s, key: 7, name: "gate-10"}
+	g.open()
+	g.session("s9", 10)
+	g.close()
+	o := pinned
+	o.Since = newest(t, s)
+	if len(o.Since) != 2 {
+		t.Fatalf("%d logs", len(o.Since))
+	}
+	verifyEach := func(s *store, want map[string]bool) {
+		t.Helper()
+		for log, err := range auditlog.Logs(t.Context(), s, auditlog.SessionPrefix) {
+			must(t, err)
+			sum, err := verify.New(s, o).Log(t.Context(), log)
+			must(t, err)
+			if sum.Damaged() != want[log.Name.ID] || len(sum.Trees) > 1 {
+				t.Errorf("%s: damaged %v, want %v: %+v", log.Name.ID, sum.Damaged(), want[log.Name.ID], sum)
+			}
+		}
+	}
+	verifyEach(s, nil)
+	for _, n := range s.names("tlog/gate-10/") {
+		delete(s.m, n)
+	}
+	verifyEach(s, map[string]bool{"s9": true})
+	if _, wrong := check(t, s, o); !strings.Contains(strings.Join(wrong, "\n"), "the kept checkpoint is not in the store") {
+		t.Errorf("all of the store: %q", wrong)
+	}
+}
+
 // A killed gate's session is sealed by the next start, and has a leaf.
 func TestInterrupted(t *testing.T) {
 	s := newStore()
