@@ -290,6 +290,49 @@ func TestIndexRestart(t *testing.T) {
 	}
 }
 
+// A gate can't speak for another one's session: where the entries of two gates have one ID, the log is read.
+func TestIndexOfAnotherGate(t *testing.T) {
+	for _, other := range []string{"gate-0", "gate-2"} { // read before, and after
+		store, dir := newStore(t)
+		l := openGate(t, indexConfig(t.TempDir()), store)
+		busySession(t, l, "s1")
+		busySession(t, l, "s2")
+		closeLog(t, l)
+		m := load(t, dir)
+		log := logs(t, m, auditlog.SessionPrefix)[0]
+		lie, ok := readIndex(t, m, auditlog.IndexOptions{}).Entry(log)
+		if !ok {
+			t.Fatal("no entry")
+		}
+		lie.Gate, lie.User, lie.Commands = other, "mallory", nil
+		l, err := auditlog.Open(t.Context(), indexConfig(t.TempDir()), testKey, store, other, slog.New(slog.DiscardHandler))
+		must(t, err)
+		auditlog.Indexed(l, &lie)
+		closeLog(t, l)
+		m = load(t, dir)
+		x := readIndex(t, m, auditlog.IndexOptions{})
+		if e, ok := x.Entry(log); ok {
+			t.Errorf("%s: the entry of %s is used: %+v", other, e.Gate, e)
+		}
+		for e := range x.All() {
+			if e.ID != "s2" {
+				t.Errorf("%s: %+v", other, e)
+			}
+		}
+		fromLog, _ := auditlog.EntryOf(t.Context(), auditlog.NewSessionReader(m, log))
+		if what := x.CompareIndex(fromLog); !strings.Contains(what, "two gates") {
+			t.Errorf("%s: %q", other, what)
+		}
+		if _, ok := x.Entry(logs(t, m, auditlog.SessionPrefix)[1]); !ok {
+			t.Errorf("%s: the other session's entry is not used", other)
+		}
+		// That there was such a session is known all the same.
+		if n := len(slices.Collect(x.Missing(nil, time.Time{}))); n != 2 {
+			t.Errorf("%s: %d missing", other, n)
+		}
+	}
+}
+
 // Batches are cut at their number of sessions, and at their age.
 func TestIndexBatches(t *testing.T) {
 	store, dir := newStore(t)

@@ -22,6 +22,7 @@ const maxIndexed = 128 << 20
 // objects that the store holds, and CompareIndex holds all of it against the logs.
 type Index struct {
 	entries map[string]*Entry
+	two     map[string]struct{} // IDs that entries of different gates have: one of them speaks for a session that is not its own
 
 	Objects  int      // of the store that were read
 	Unread   uint64   // entries that are encrypted, and to none of the identities
@@ -40,7 +41,7 @@ type IndexOptions struct {
 // ReadIndex reads a store's index. A log of the index that is damaged, or signed by a key that is not one of Keys, is left out, and
 // is in Reports. An error is one of the source.
 func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, error) {
-	x := &Index{entries: make(map[string]*Entry)}
+	x := &Index{entries: make(map[string]*Entry), two: make(map[string]struct{})}
 	since := ""
 	if !opts.Since.IsZero() {
 		since = opts.Since.UTC().AddDate(0, 0, -1).Format("2006/01/02") // clocks jump
@@ -89,9 +90,13 @@ func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, erro
 	return x, nil
 }
 
-// add keeps the entry that says more.
+// add keeps the entry that says more. Of two gates' neither is used.
 func (x *Index) add(e *Entry) {
 	have := x.entries[e.ID]
+	if have != nil && have.Gate != e.Gate {
+		x.two[e.ID] = struct{}{}
+		return
+	}
 	if have != nil && rank(e) <= rank(have) {
 		return
 	}
@@ -141,7 +146,7 @@ func (x *Index) Entry(log Stored) (Entry, bool) {
 		return Entry{}, false
 	}
 	e := x.entries[log.Name.ID]
-	if e == nil || e.Partial || int(e.Segments) != len(log.Segments) || e.Start.UTC().Format("2006/01/02") != log.Name.Day {
+	if _, two := x.two[log.Name.ID]; two || e == nil || e.Partial || int(e.Segments) != len(log.Segments) || e.Start.UTC().Format("2006/01/02") != log.Name.Day {
 		return Entry{}, false
 	}
 	var size int64
@@ -154,8 +159,18 @@ func (x *Index) Entry(log Stored) (Entry, bool) {
 	return *e, size == e.Bytes
 }
 
-// All yields the entries, in the order of their sessions' starts.
+// All yields the entries, in the order of their sessions' starts; without those that two gates speak for.
 func (x *Index) All() iter.Seq[Entry] {
+	return func(yield func(Entry) bool) {
+		for e := range x.sorted() {
+			if _, two := x.two[e.ID]; !two && !yield(e) {
+				return
+			}
+		}
+	}
+}
+
+func (x *Index) sorted() iter.Seq[Entry] {
 	all := make([]*Entry, 0, len(x.entries))
 	for _, e := range x.entries {
 		all = append(all, e)
@@ -193,6 +208,9 @@ func (x *Index) CompareIndex(fromLog Entry) string {
 	e := x.entries[fromLog.ID]
 	if e == nil {
 		return ""
+	}
+	if _, two := x.two[fromLog.ID]; two {
+		return "the index has entries of two gates"
 	}
 	have, want := *e, fromLog
 	switch {
@@ -242,7 +260,7 @@ func setFields(e *Entry) []string {
 // logs were removed, by whose rules so ever, or by somebody.
 func (x *Index) Missing(seen map[string]struct{}, since time.Time) iter.Seq[Entry] {
 	return func(yield func(Entry) bool) {
-		for e := range x.All() {
+		for e := range x.sorted() {
 			if _, ok := seen[e.ID]; ok || e.Start.Before(since) {
 				continue
 			}
@@ -270,7 +288,8 @@ func WriteCache(w io.Writer, entries iter.Seq[Entry]) error {
 	return nil
 }
 
-// ReadCache adds the entries of WriteCache to the index. Of two of a session it keeps the one that says more.
+// ReadCache adds the entries of WriteCache to the index. Of two of a session it keeps the one that says more, of two
+// gates' neither.
 func (x *Index) ReadCache(r io.Reader) error {
 	magic := make([]byte, len(cacheMagic))
 	if _, err := io.ReadFull(r, magic); err != nil || string(magic) != cacheMagic {

@@ -72,6 +72,9 @@ func (r *SessionReader) Leaf() (leaf Leaf, origin string, ok bool) {
 		Interrupted: c.footer.Interrupted}, c.footer.Tree, true
 }
 
+// Newest gives the footer of the newest segment that was read, sealed log or not; false if there is none.
+func (r *SessionReader) Newest() (Footer, bool) { return r.chain.footer, !r.chain.footer.Time.IsZero() }
+
 // checkCommit compares what a last footer says of all the log with what was read.
 func (r *SessionReader) checkCommit(name string, at int64, n Name, next uint64, f Footer) {
 	switch {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/tlog"
 	"github.com/sallyport/sallyport/auditlog/verify"
 )
 
@@ -59,4 +61,38 @@ func BenchmarkVerify(b *testing.B) {
 			b.ReportMetric(float64(b.N)*sessions*size/1e6/b.Elapsed().Seconds(), "recorded-MB/s")
 		})
 	}
+}
+
+// BenchmarkCheckpoints reads a transparency log of 5,000 checkpoints, some two and a half days of a gate: from memory, and from a store that
+// takes 20 ms for each object, as a bucket does.
+func BenchmarkCheckpoints(b *testing.B) {
+	const checkpoints = 5000
+	s := newStore()
+	for n := range checkpoints {
+		c := &tlog.Checkpoint{Gate: "gate-1", Log: "log", Number: uint32(n), Time: time.Now().UTC(), Root: (&tlog.Tree{}).Root()}
+		s.m[tlog.CheckpointName(tlog.Dir(c.Gate, c.Log), c.Number)] = signed(b, c)
+	}
+	for name, wait := range map[string]time.Duration{"memory": 0, "20ms": 20 * time.Millisecond} {
+		b.Run(name, func(b *testing.B) {
+			for range b.N {
+				sum, err := verify.New(&farSource{s, wait}, pinned).Trees(context.Background())
+				must(b, err)
+				if sum.Damaged() || sum.Trees[0].Checkpoints != checkpoints {
+					b.Fatalf("%+v", sum)
+				}
+			}
+			b.ReportMetric(float64(b.N)*checkpoints/b.Elapsed().Seconds(), "checkpoints/s")
+		})
+	}
+}
+
+// farSource takes its time to open an object.
+type farSource struct {
+	*store
+	wait time.Duration
+}
+
+func (s *farSource) Open(ctx context.Context, name string) (io.ReadCloser, error) {
+	time.Sleep(s.wait)
+	return s.store.Open(ctx, name)
 }

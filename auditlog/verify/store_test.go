@@ -2,6 +2,7 @@ package verify_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -34,10 +35,11 @@ func key(seed byte) ed25519.PrivateKey {
 
 func public(seed byte) ed25519.PublicKey { return key(seed).Public().(ed25519.PublicKey) }
 
-// store is a store in memory, whose objects came long ago.
+// store is a store in memory, whose objects came long ago, or when it says.
 type store struct {
-	mu sync.Mutex
-	m  map[string][]byte
+	mu   sync.Mutex
+	m    map[string][]byte
+	came time.Time // of all objects; zero: long ago
 }
 
 func newStore() *store { return &store{m: make(map[string][]byte)} }
@@ -58,14 +60,17 @@ func (s *store) Put(_ context.Context, name string, r io.Reader, size int64) err
 
 func (s *store) List(_ context.Context, prefix string) iter.Seq2[auditlog.Object, error] {
 	s.mu.Lock()
-	names := slices.Sorted(maps.Keys(s.m))
+	names, came := slices.Sorted(maps.Keys(s.m)), s.came
 	s.mu.Unlock()
+	if came.IsZero() {
+		came = time.Unix(1, 0)
+	}
 	return func(yield func(auditlog.Object, error) bool) {
 		for _, n := range names {
 			s.mu.Lock()
 			size := int64(len(s.m[n]))
 			s.mu.Unlock()
-			if strings.HasPrefix(n, prefix) && !yield(auditlog.Object{Name: n, Size: size, Modified: time.Unix(1, 0)}, nil) {
+			if strings.HasPrefix(n, prefix) && !yield(auditlog.Object{Name: n, Size: size, Modified: came}, nil) {
 				return
 			}
 		}
@@ -93,7 +98,7 @@ func (s *store) names(part string) []string {
 	return names
 }
 
-func (s *store) clone() *store { return &store{m: maps.Clone(s.m)} }
+func (s *store) clone() *store { return &store{m: maps.Clone(s.m), came: s.came} }
 
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -108,6 +113,7 @@ type gate struct {
 	dir   string
 	store auditlog.Store
 	key   byte
+	name  string // "": gate-1
 
 	noTree bool
 	index  bool
@@ -121,10 +127,20 @@ func (g *gate) open() {
 		tree = ""
 	}
 	l, err := auditlog.Open(context.Background(), auditlog.Config{Spool: filepath.Join(g.dir, "spool"), Tree: tree,
-		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index}, key(g.key), g.store, "gate-1",
+		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index}, key(g.key), g.store, cmp.Or(g.name, "gate-1"),
 		slog.New(slog.DiscardHandler))
 	must(g.t, err)
 	g.Log = l
+}
+
+// begun waits until the store has the gate's key and its first checkpoint.
+func (g *gate) begun() {
+	g.t.Helper()
+	for end := time.Now().Add(time.Minute); g.Stats().Waiting > 0 || g.Stats().Stored < 2; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			g.t.Fatal("its key and its first checkpoint are not stored")
+		}
+	}
 }
 
 func (g *gate) close() {

@@ -18,6 +18,14 @@ import (
 	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
+const (
+	// treeParallel is how many objects of transparency logs are read at once, at least: there are thousands a day, and a bucket takes
+	// its time for each.
+	treeParallel = 32
+	// maxAhead is the size in bytes up to which one is read before it is its turn, so that 32 need no room to speak of.
+	maxAhead = 256 << 10
+)
+
 // maxProblems bounds what one transparency log is told to be wrong with.
 const maxProblems = 100
 
@@ -43,6 +51,7 @@ type tile struct {
 
 // readTrees reads the transparency logs below a prefix.
 func (v *Run) readTrees(ctx context.Context, prefix string) error {
+	v.began = v.Options.Now()
 	var cur *tree
 	end := func() error {
 		if cur == nil {
@@ -51,19 +60,23 @@ func (v *Run) readTrees(ctx context.Context, prefix string) error {
 		return cur.end()
 	}
 	type object struct {
-		name string
-		n    tlog.Name
-		bad  error // of the name
-		b    []byte
-		err  error
+		name  string
+		n     tlog.Name
+		bad   error // of the name
+		large bool  // not read yet
+		b     []byte
+		err   error
 	}
-	err := ordered(ctx, v.Options.Parallel, v.Source.List(ctx, prefix), func(o auditlog.Object) object {
-		r := object{name: o.Name}
-		if r.n, r.bad = tlog.ParseName(o.Name); r.bad == nil {
+	err := ordered(ctx, max(treeParallel, v.Options.Parallel), v.Source.List(ctx, prefix), func(o auditlog.Object) object {
+		r := object{name: o.Name, large: o.Size > maxAhead}
+		if r.n, r.bad = tlog.ParseName(o.Name); r.bad == nil && !r.large {
 			r.b, r.err = read(ctx, v.Source, o.Name, tlog.MaxCheckpointBytes)
 		}
 		return r
 	}, func(o object) error {
+		if o.bad == nil && o.large {
+			o.b, o.err = read(ctx, v.Source, o.name, tlog.MaxCheckpointBytes)
+		}
 		if o.err != nil {
 			return o.err
 		}
@@ -90,7 +103,8 @@ func (v *Run) readTrees(ctx context.Context, prefix string) error {
 		return err
 	}
 	for _, c := range v.Options.Since {
-		if v.trees[c.Origin()] == nil {
+		// Those of gates that were not asked for were not looked at.
+		if strings.HasPrefix(tlog.Dir(c.Gate, c.Log), prefix) && v.trees[c.Origin()] == nil {
 			if err := v.problem(c.Origin(), "the transparency log of the kept checkpoint is not in the store"); err != nil {
 				return err
 			}

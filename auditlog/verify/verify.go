@@ -26,8 +26,12 @@ const (
 	// fresh is how long after it came a log may be in no checkpoint of the store, whatever its end says: a store that was away
 	// gets logs whose end is long ago, and their checkpoint a moment later.
 	fresh = 2 * time.Minute
+	// skew is how far the clocks of gate, store and auditor may be apart.
+	skew = time.Minute
 	// maxDays is the most days that are listed one by one.
 	maxDays = 366
+	// silence is how long after its newest segment a session without an end is worth a word, if its gate has gone on.
+	silence = 24 * time.Hour
 	// late is how long after a log's end its leaf is worth a word.
 	late = time.Hour
 )
@@ -73,6 +77,7 @@ type Summary struct {
 	Logs    map[auditlog.State]int `json:"logs"`
 	Waiting int                    `json:"waiting"` // sealed logs that no checkpoint has yet
 	Outside int                    `json:"outside"` // sealed logs of gates without a transparency log
+	Silent  int                    `json:"silent"`  // live sessions, nothing of which came for over a day while their gate went on
 	Late    int                    `json:"late"`    // leaves that came more than an hour after the end of their log
 	Missing int                    `json:"missing"` // logs that a leaf names and the store does not have
 	Trees   []Tree                 `json:"-"`
@@ -117,6 +122,7 @@ type Run struct {
 	Options Options
 	Summary Summary
 
+	began  time.Time        // when the reading of checkpoints did
 	trees  map[string]*tree // by origin
 	leaves leaves
 	unread error // the first of the source, of an object of a log
@@ -173,32 +179,37 @@ func (v *Run) Trees(ctx context.Context) (Summary, error) {
 
 // Log verifies one log, with the transparency logs of its gate.
 func (v *Run) Log(ctx context.Context, stored auditlog.Stored) (Summary, error) {
-	prefix := tlog.Prefix
-	if gate := v.gateOf(ctx, stored); gate != "" {
-		prefix += gate + "/"
-	}
-	err := v.readTrees(ctx, prefix)
+	err := v.readTrees(ctx, v.treesOf(ctx, stored))
 	if err == nil {
 		err = v.logs(ctx, func(yield func(auditlog.Stored, error) bool) { yield(stored, nil) })
 	}
 	return v.done(ctx, err)
 }
 
-// gateOf is the gate that a log's first segment names, "" if that can't be read.
-func (v *Run) gateOf(ctx context.Context, stored auditlog.Stored) string {
+// treesOf is the prefix of the transparency logs that a log has to be compared with: those of the gate that its last segment
+// names. If it is sealed and names no transparency log of that gate, or can't be read, it is the prefix of all.
+func (v *Run) treesOf(ctx context.Context, stored auditlog.Stored) string {
 	if len(stored.Segments) == 0 {
-		return ""
+		return tlog.Prefix
 	}
-	f, err := v.Source.Open(ctx, stored.Segments[0].Name)
+	f, err := v.Source.Open(ctx, stored.Segments[len(stored.Segments)-1].Name)
 	if err != nil {
-		return ""
+		return tlog.Prefix
 	}
 	defer f.Close()
 	s, err := auditlog.NewSegmentReader(f)
 	if err != nil {
-		return ""
+		return tlog.Prefix
 	}
-	return s.Header().Gate
+	gate := s.Header().Gate
+	for err == nil {
+		_, err = s.Next()
+	}
+	footer, ok := s.Footer()
+	if of, _, err := tlog.ParseOrigin(footer.Tree); !ok || footer.Last && (err != nil || of != gate) || !auditlog.ValidID(gate) {
+		return tlog.Prefix
+	}
+	return tlog.Prefix + gate + "/"
 }
 
 func (v *Run) done(ctx context.Context, err error) (Summary, error) {
@@ -257,7 +268,7 @@ type checked struct {
 	newest time.Time // when the store got its last segment, by the store
 	leaf   []byte
 	origin string
-	end    time.Time // by its footer
+	end    time.Time // by its newest footer
 	unread error     // of the source
 	err    error
 }
@@ -269,8 +280,11 @@ func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) e
 		if len(log.Segments) > 0 {
 			c.newest = log.Segments[len(log.Segments)-1].Modified
 		}
+		if f, ok := r.Newest(); ok {
+			c.end = f.Time
+		}
 		if leaf, origin, ok := r.Leaf(); ok {
-			c.origin, c.end = origin, leaf.Sealed
+			c.origin = origin
 			c.leaf, c.err = leaf.Encode()
 		}
 		if err := r.Err(); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, auditlog.ErrLocked) {
@@ -304,18 +318,24 @@ func (v *Run) compare(c *checked) {
 	switch {
 	case there && c.leaf == nil && c.report.State == auditlog.Live:
 		damaged("the transparency log says that it is sealed: its end is missing")
+	case c.report.State == auditlog.Live:
+		if v.silent(c) {
+			v.Summary.Silent++
+		}
 	case c.report.State != auditlog.Sealed && c.report.State != auditlog.Interrupted:
 	case there && leaf.hash != shortBytes(c.leaf):
 		damaged("is not the log that the transparency log names")
 	case there:
 	case c.origin == "" && v.hadTree(c):
-		damaged("names no transparency log, though its gate kept one then")
+		damaged("names no transparency log, though its gate, or its key, had one then")
 	case c.origin == "":
 		v.Summary.Outside++
 	case v.waits(c):
 		v.Summary.Waiting++
 	case v.trees[c.origin] == nil:
 		damaged("its transparency log %q is not in the store", c.origin)
+	case v.ahead(c.end):
+		damaged("its end, %s, lies in the future by this machine's clock", c.end.Format(time.RFC3339))
 	default:
 		damaged("is not in its transparency log, which went on after its end")
 	}
@@ -324,21 +344,49 @@ func (v *Run) compare(c *checked) {
 // hadTree says whether a log's gate kept a transparency log when the log ended: who has the key could leave that out.
 func (v *Run) hadTree(c *checked) bool {
 	for _, t := range v.trees {
-		if t.report.Gate == c.report.Gate && t.report.Checkpoints > 0 && t.report.First.Before(c.end) {
+		if t.wrote(c) && t.report.Checkpoints > 0 && t.report.First.Before(c.end) {
 			return true
 		}
 	}
 	return false
 }
 
-// waits says whether a log without a leaf may be one that is still to get it.
-func (v *Run) waits(c *checked) bool {
-	if v.Options.Now().Sub(c.newest) < fresh {
-		return true
+// silent says whether nothing of a live session has come for long, though its gate went on: an end would need a leaf.
+func (v *Run) silent(c *checked) bool {
+	if c.report.Kind != auditlog.SessionLog.String() {
+		return false // the gate's own are written when there is something to say
 	}
-	t := v.trees[c.origin]
-	return t != nil && !t.report.Newest.After(c.end.Add(leafWait))
+	for _, t := range v.trees {
+		if t.wrote(c) && t.report.Newest.After(c.end.Add(silence)) {
+			return true
+		}
+	}
+	return false
 }
+
+// wrote says whether a log is of the gate of the transparency log, by its name or by a key: a name alone could be anyone's.
+func (t *tree) wrote(c *checked) bool {
+	return t.report.Gate == c.report.Gate ||
+		slices.ContainsFunc(c.report.Keys, func(k string) bool { return slices.Contains(t.report.Keys, k) })
+}
+
+// waits says whether a log without a leaf may be one that is still to get it. Whoever keeps the store says when a log came, and
+// who has the key says when it ended: neither word alone may excuse a log for ever.
+func (v *Run) waits(c *checked) bool {
+	came := v.recent(c.newest)
+	t := v.trees[c.origin]
+	if t == nil { // its first checkpoint may be on its way
+		return came && v.recent(c.end)
+	}
+	return came || !v.ahead(c.end) && !t.report.Newest.After(c.end.Add(leafWait))
+}
+
+// recent says whether a time is of the last moments before the checkpoints were read, or later, and not of the future: what came
+// since can't be in these checkpoints, however long the verification takes.
+func (v *Run) recent(at time.Time) bool { return !v.ahead(at) && v.began.Sub(at) < fresh }
+
+// ahead says whether a time lies in the future, by more than clocks may be apart.
+func (v *Run) ahead(at time.Time) bool { return at.After(v.Options.Now().Add(skew)) }
 
 // problem tells of one that is no log's.
 func (v *Run) problem(object string, format string, args ...any) error {

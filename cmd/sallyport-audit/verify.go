@@ -24,6 +24,9 @@ const (
 	exitStale    = 4
 )
 
+// maxAhead is how far the gate's clock may be ahead of ours, for --live.
+const maxAhead = time.Minute
+
 // codeError is one that has an exit code of its own.
 type codeError struct {
 	code int
@@ -61,7 +64,7 @@ Where old logs are deleted, as an expiry rule does, --from names the first day f
 
 Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there); 2 something is altered,
 cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end yet, or no checkpoint has it; 4 with
---live: the newest checkpoint is too old. Of several, 2 comes before 4, and 4 before 3.`,
+--live: the newest checkpoint is too old, or of the future. Of several, 2 comes before 4, and 4 before 3.`,
 		Example: `  sallyport-audit verify /mnt/evidence --key gate.pub
   sallyport-audit verify latest
   sallyport-audit verify s3://evidence/gate-1 --day 2026-11-24 --sealed --quiet
@@ -202,6 +205,9 @@ func (o verifyOptions) stale(sum verify.Summary) error {
 		switch age := time.Since(at); {
 		case at.IsZero():
 			return &codeError{exitStale, "there is no checkpoint" + of}
+		case age < -maxAhead:
+			return &codeError{exitStale, fmt.Sprintf("the newest checkpoint%s is %s ahead of this machine's clock: that says nothing of the gate now",
+				of, -age.Round(time.Second))}
 		case age > o.beat:
 			return &codeError{exitStale, fmt.Sprintf("the newest checkpoint%s is %s old: the gate is down, or its newest objects were taken away",
 				of, age.Round(time.Second))}
@@ -287,6 +293,8 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 	note(sum.Late, "log came into the transparency log more than an hour after its end: the store or the gate was away, or it was written later",
 		"logs came into the transparency log more than an hour after their end: the store or the gate was away, or they were written later")
 	note(sum.Outside, "sealed log has no transparency log: its gate kept none", "sealed logs have no transparency log: their gate kept none")
+	note(sum.Silent, "session has no end, and nothing of it came for over a day while its gate, or its key, went on",
+		"sessions have no end, and nothing of them came for over a day while their gate, or their key, went on")
 	note(sum.Foreign, "object is not a gate's", "objects are not a gate's")
 	if !sum.Newest.IsZero() {
 		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), time.Since(sum.Newest).Round(time.Second))
@@ -300,7 +308,8 @@ func (t *tool) checkpointCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "checkpoint [STORE]", Short: "Print the newest checkpoint of each transparency log, to keep elsewhere", Args: cobra.MaximumNArgs(1),
 		Long: `Print the newest checkpoint of each gate's transparency log, as C2SP signed notes, after proving the logs. Kept where the store's
-keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed.`,
+keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed. Logs that have ended are
+among them: of these nothing else shows that their end was taken away.`,
 		Example: `  sallyport-audit checkpoint s3://evidence/gate-1 --key gate.pub > kept.checkpoint`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""
@@ -325,9 +334,6 @@ keeper can't change it, it lets verify --since prove later that nothing up to th
 					if err := t.printTree(c.ErrOrStderr(), tr); err != nil {
 						return err
 					}
-					continue
-				}
-				if tr.Ended {
 					continue
 				}
 				if _, err := c.OutOrStdout().Write(tr.Note); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -13,12 +14,25 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 // treeStore is a store of a gate that keeps a transparency log, and the file of its key.
 func treeStore(t *testing.T, sessions ...string) (dir, keys string) {
 	t.Helper()
-	dir, state := t.TempDir(), t.TempDir()
+	dir = t.TempDir()
+	runGate(t, dir, sessions...)
+	published, err := filepath.Glob(filepath.Join(dir, "keys/gate-1/*.pub"))
+	if err != nil || len(published) != 1 {
+		t.Fatal(published, err)
+	}
+	return dir, published[0]
+}
+
+// runGate writes sessions into a store, as a gate without any state does: it begins a transparency log.
+func runGate(t *testing.T, dir string, sessions ...string) {
+	t.Helper()
+	state := t.TempDir()
 	store, err := file.NewStore(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -36,11 +50,55 @@ func treeStore(t *testing.T, sessions ...string) (dir, keys string) {
 	if err := l.Close(ctx); err != nil {
 		t.Fatal(err)
 	}
-	published, err := filepath.Glob(filepath.Join(dir, "keys/gate-1/*.pub"))
-	if err != nil || len(published) != 1 {
-		t.Fatal(published, err)
+}
+
+// Nothing goes on from a transparency log that has ended: only a kept checkpoint tells that its end, or all of it, was taken away
+// with the sessions.
+func TestVerifyEnded(t *testing.T) {
+	dir, keys := treeStore(t, "s1")
+	ended, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*"))
+	if err != nil || len(ended) != 1 {
+		t.Fatal(ended, err)
 	}
-	return dir, published[0]
+	runGate(t, dir, "s2")
+	kept, errs, code := audit(t, "checkpoint", dir, "--key", keys)
+	if code != 0 || strings.Count(kept, "sallyport/gate-1/") != 4 { // each names its log twice
+		t.Fatalf("code %d: %s%s", code, kept, errs)
+	}
+	file := filepath.Join(t.TempDir(), "kept")
+	if err := os.WriteFile(file, []byte(kept), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	verify := func(code int, want string, args ...string) {
+		t.Helper()
+		out, errs, got := audit(t, append([]string{"verify", dir, "--key", keys, "--live", "--beat", "1h"}, args...)...)
+		if got != code || !strings.Contains(out, want) {
+			t.Errorf("%q: code %d, want %d and %q:\n%s%s", args, got, code, want, out, errs)
+		}
+	}
+	verify(0, "it ended there", "--since", file)
+	s1, err := filepath.Glob(filepath.Join(dir, "sessions/*/*/*/s1"))
+	if err != nil || len(s1) != 1 {
+		t.Fatal(s1, err)
+	}
+	last, err := filepath.Glob(filepath.Join(ended[0], "checkpoint/*"))
+	if err != nil || len(last) < 2 {
+		t.Fatal(last, err)
+	}
+	remove := func(names ...string) {
+		t.Helper()
+		for _, n := range names {
+			if err := os.RemoveAll(n); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	remove(s1[0], last[len(last)-1])
+	verify(0, "1 logs: 1 sealed")
+	verify(2, "its newest objects were taken away", "--since", file)
+	remove(ended[0])
+	verify(0, "1 logs: 1 sealed")
+	verify(2, "the transparency log of the kept checkpoint is not in the store", "--since", file)
 }
 
 func TestVerifyStore(t *testing.T) {
@@ -93,11 +151,11 @@ func TestVerifyStore(t *testing.T) {
 	if err != nil || len(names) != 1 {
 		t.Fatal(names, err)
 	}
-	tlog, err := filepath.Glob(filepath.Join(other, "tlog/gate-1/*/checkpoint/*"))
-	if err != nil || len(tlog) < 2 {
-		t.Fatal(tlog, err)
+	checkpoints, err := filepath.Glob(filepath.Join(other, "tlog/gate-1/*/checkpoint/*"))
+	if err != nil || len(checkpoints) < 2 {
+		t.Fatal(checkpoints, err)
 	}
-	if err := os.Remove(tlog[len(tlog)-1]); err != nil {
+	if err := os.Remove(checkpoints[len(checkpoints)-1]); err != nil {
 		t.Fatal(err)
 	}
 	run(0, "1 sealed log is in no checkpoint yet", "verify", other)
@@ -118,6 +176,84 @@ func TestVerifyStore(t *testing.T) {
 	run(2, "1 log is missing", "verify", dir, "--day", day)
 	run(0, "0 logs", "verify", dir, "--from", "2999-01-01")
 	run(0, "sealed      s2 ", "verify", "s2", "--store", dir)
+}
+
+// A checkpoint of the future, by who has the key or by a clock that is wrong, does not let a gate pass for alive.
+func TestVerifyLiveAhead(t *testing.T) {
+	dir, keys := treeStore(t, "s1")
+	beatAt(t, dir, time.Now().AddDate(70, 0, 0))
+	for _, args := range [][]string{{"--live"}, {"--live", "--gate", "gate-1"}, {"--live", "--beat", "1000h"}} {
+		out, errs, code := audit(t, append([]string{"verify", dir, "--key", keys}, args...)...)
+		if code != exitStale || !strings.Contains(errs, "ahead of this machine's clock") {
+			t.Errorf("%q: code %d\n%s%s", args, code, out, errs)
+		}
+	}
+	if out, errs, code := audit(t, "verify", dir, "--key", keys); code != 0 {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+}
+
+// A session without an end, of which nothing has come for long: it is told of, and --sealed fails.
+func TestVerifySilent(t *testing.T) {
+	dir, keys := treeStore(t, "s1")
+	spool := t.TempDir()
+	store, err := file.NewStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := auditlog.Open(t.Context(), auditlog.Config{Spool: spool, SegmentAge: 10 * time.Millisecond}, testKey, store, "gate-9", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := l.New("live")
+	if err := errors.Join(r.Record(0, &auditlog.Connect{Gate: "gate-9"}), r.Begin(), r.Sync(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); l.Stats().Stored < 1; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not stored")
+		}
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := errors.Join(r.Close(&auditlog.End{Cause: "client-left"}), l.Close(ctx)); err != nil {
+			t.Error(err)
+		}
+	})
+	beatAt(t, dir, time.Now().Add(25*time.Hour))
+	out, errs, code := audit(t, "verify", dir, "--key", keys, "--sealed")
+	if code != exitUnsealed || !strings.Contains(out, "1 session has no end, and nothing of it came for over a day") {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+}
+
+// beatAt puts a checkpoint with nothing new into a store, of this time.
+func beatAt(t *testing.T, dir string, at time.Time) {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*/checkpoint/*"))
+	if err != nil || len(names) == 0 {
+		t.Fatal(names, err)
+	}
+	last := names[len(names)-1]
+	b, err := os.ReadFile(last)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := tlog.ParseCheckpoint(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Number, c.Old, c.Entries, c.Time = c.Number+1, c.Size, nil, at
+	if err := c.Sign(testKey); err != nil {
+		t.Fatal(err)
+	}
+	if b, err = c.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, tlog.CheckpointName(tlog.Dir(c.Gate, c.Log), c.Number)), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // keyFileOf is a file with the public key of a seed.
