@@ -170,14 +170,18 @@ func (i *importer) walk(ctx context.Context, names []string, tell func(imported)
 
 // file imports a file.
 func (i *importer) file(ctx context.Context, path string, im *imported) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() { // to open a FIFO would wait for who writes to it
+		return errors.New("not a file")
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		return errors.Join(err, errors.New("not a file"))
-	}
 	h := sha256.New()
 	size, err := io.Copy(h, f)
 	if err != nil {
