@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -197,7 +198,9 @@ func (i *importer) from(ctx context.Context, f io.ReaderAt, length int64, path s
 		return err
 	}
 	sum := h.Sum(nil)
-	r, err := containerssh.NewReader(whole, i.o.maxBytes)
+	again := sha256.New() // of what is converted
+	converted := io.TeeReader(whole, again)
+	r, err := containerssh.NewReader(converted, i.o.maxBytes)
 	if err != nil {
 		return err
 	}
@@ -232,7 +235,15 @@ func (i *importer) from(ctx context.Context, f io.ReaderAt, length int64, path s
 	i.done[im.ID] = struct{}{}
 	head := &auditlog.Import{Format: fmt.Sprintf("ContainerSSH, version %d", r.Version()), File: filepath.Base(path), SHA256: sum, Size: uint64(size), Time: time.Now().UTC(),
 		Version: "sallyport-audit " + toolVersion(), Session: short(first.Connection, 200), Statement: auditlog.ImportStatement}
-	return i.write(ctx, r, first, head, start, im)
+	return i.write(ctx, r, first, head, start, im, func() error {
+		if _, err := io.Copy(io.Discard, converted); err != nil {
+			return err
+		}
+		if size != length || !bytes.Equal(again.Sum(nil), sum) {
+			return errChanged
+		}
+		return nil
+	})
 }
 
 // there says whether a log has objects, and whether they are of an import that did not come to its end.
@@ -261,7 +272,7 @@ func (i *importer) broken(ctx context.Context, log auditlog.Stored) (bool, error
 		err = i.records(ctx, log.Segments[n], func(rec auditlog.Record) bool {
 			empty = false
 			if end, ok := rec.Body.(*auditlog.End); ok {
-				broken = end.Detail == brokenOff
+				broken = strings.HasPrefix(end.Detail, brokenOff)
 			}
 			return true
 		})
@@ -297,11 +308,14 @@ func (i *importer) records(ctx context.Context, o auditlog.Object, each func(aud
 	}
 }
 
-// brokenOff is the detail of the end of a log whose import did not come to its own.
+// brokenOff begins the detail of the end of a log whose import did not come to its own.
 const brokenOff = "the import was broken off"
 
-// write writes the log of a file whose first message was read.
-func (i *importer) write(ctx context.Context, r *containerssh.Reader, m containerssh.Message, head *auditlog.Import, start time.Time, im *imported) (err error) {
+// errChanged says that what was converted is not what the first record names.
+var errChanged = errors.New("the file changed while it was read")
+
+// write writes the log of a file whose first message was read. same says at the end whether it was the same file all the time.
+func (i *importer) write(ctx context.Context, r *containerssh.Reader, m containerssh.Message, head *auditlog.Import, start time.Time, im *imported, same func() error) (err error) {
 	w := i.log.New(im.ID)
 	c := containerssh.NewConverter()
 	end := &auditlog.End{Cause: "interrupted", Detail: brokenOff}
@@ -343,6 +357,10 @@ func (i *importer) write(ctx context.Context, r *containerssh.Reader, m containe
 		if err := record(c.Last(), 0, &auditlog.ImportNote{Type: -1, Text: strings.ToValidUTF8(im.Why, "?")}); err != nil {
 			return err
 		}
+	}
+	if err := same(); err != nil {
+		end.Detail = brokenOff + ": " + err.Error()
+		return err
 	}
 	switch {
 	case im.Why != "":

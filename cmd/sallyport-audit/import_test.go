@@ -235,3 +235,53 @@ func TestImportBrokenOff(t *testing.T) {
 		t.Errorf("code %d %s%s", code, out, errs)
 	}
 }
+
+// What the first record says of the file holds for the bytes that were converted.
+func TestImportChanged(t *testing.T) {
+	from := filepath.Join(t.TempDir(), "one")
+	longLog(t, from)
+	const mtime = 40 + 4 // of the compression's header, which says nothing about what is in it
+	for name, change := range map[string]func(p []byte, at int64){
+		"what is not converted": func(p []byte, at int64) {
+			if at <= mtime && mtime < at+int64(len(p)) {
+				p[mtime-at] ^= 1
+			}
+		},
+		"the middle": func(p []byte, at int64) {
+			if at > 1_000_000 {
+				clear(p)
+			}
+		},
+	} {
+		to := t.TempDir()
+		starts := 0
+		err := importInto(t, t.Context(), from, to, func(p []byte, at int64) {
+			if at == 0 {
+				starts++
+			}
+			if starts == 2 { // the first time it was hashed
+				change(p, at)
+			}
+		})
+		if err == nil || !strings.Contains(err.Error(), "the file changed") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if out, _, code := audit(t, "import", from, "--to", to); code != 1 || !strings.Contains(out, "broken off before") {
+			t.Errorf("%s: again: %d %s", name, code, out)
+		}
+		if out, _, _ := audit(t, "show", "0123abcd", "--store", to); !strings.Contains(out, "the file changed") {
+			t.Errorf("%s: no word of it in\n%s", name, out)
+		}
+	}
+	// One that has become shorter.
+	err := importInto(t, t.Context(), from, t.TempDir(), func(_ []byte, at int64) {
+		if at > 1_000_000 {
+			if err := os.Truncate(from, 500_000); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err == nil || !strings.Contains(err.Error(), "the file changed") {
+		t.Error(err)
+	}
+}
