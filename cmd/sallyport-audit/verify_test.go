@@ -28,6 +28,16 @@ func treeStore(t *testing.T, sessions ...string) (dir, keys string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The first checkpoint has no leaf: without this wait a busy machine may close the log before it is made.
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		first, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*/checkpoint/*"))
+		if err != nil || time.Now().After(end) {
+			t.Fatal("no checkpoint", err)
+		}
+		if len(first) > 0 {
+			break
+		}
+	}
 	for _, id := range sessions {
 		session(t, l, id, nil)
 	}
