@@ -57,7 +57,7 @@ func (v *Run) readTrees(ctx context.Context, prefix string) error {
 		b    []byte
 		err  error
 	}
-	err := orderedLarge(ctx, max(treeParallel, v.Options.Parallel), v.Source.List(ctx, prefix), isLarge, func(o auditlog.Object) object {
+	err := ordered(ctx, v.Options.Parallel, v.Source.List(ctx, prefix), func(o auditlog.Object) object {
 		r := object{name: o.Name}
 		if r.n, r.bad = tlog.ParseName(o.Name); r.bad == nil {
 			r.b, r.err = read(ctx, v.Source, o.Name, tlog.MaxCheckpointBytes)
@@ -384,22 +384,22 @@ func (v *Run) missing(ctx context.Context) error {
 		v.Summary.Missing++
 		return v.problem(l.Dir, "is missing: %d segments, sealed %s, says the transparency log", l.Segments, l.Sealed.Format("2006-01-02T15:04:05Z"))
 	}
-	checkpoints := func(yield func(auditlog.Object, error) bool) {
+	checkpoints := func(yield func(string, error) bool) {
 		for o, err := range v.Source.List(ctx, tlog.Prefix) {
 			if strings.Contains(o.Name, "/tile/") && !strings.Contains(o.Name, "/tile/entries/") {
 				continue
 			}
-			if !yield(o, err) {
+			if !yield(o.Name, err) {
 				return
 			}
 		}
 	}
-	return orderedLarge(ctx, max(treeParallel, v.Options.Parallel), iter.Seq2[auditlog.Object, error](checkpoints), isLarge, func(o auditlog.Object) [][]byte {
-		b, err := read(ctx, v.Source, o.Name, tlog.MaxCheckpointBytes)
+	return ordered(ctx, v.Options.Parallel, iter.Seq2[string, error](checkpoints), func(name string) [][]byte {
+		b, err := read(ctx, v.Source, name, tlog.MaxCheckpointBytes)
 		if err != nil {
 			return nil // told before, or gone since
 		}
-		if strings.Contains(o.Name, "/tile/entries/") {
+		if strings.Contains(name, "/tile/entries/") {
 			entries, _ := tlog.ParseBundle(b)
 			return entries
 		}
@@ -416,8 +416,6 @@ func (v *Run) missing(ctx context.Context) error {
 		return nil
 	})
 }
-
-func isLarge(o auditlog.Object) bool { return o.Size > largeObject }
 
 // errGone is of an object that was listed and is not there.
 var errGone = errors.New("is not there any more")

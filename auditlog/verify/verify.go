@@ -28,11 +28,6 @@ const (
 	fresh = 2 * time.Minute
 	// maxDays is the most days that are listed one by one.
 	maxDays = 366
-	// treeParallel is how many objects of transparency logs are read at once at least: there are thousands, they are small, and a
-	// store may be far away. Of those that are larger than largeObject it is maxLarge, for what they need in memory.
-	treeParallel = 32
-	largeObject  = 256 << 10
-	maxLarge     = 4
 	// late is how long after a log's end its leaf is worth a word.
 	late = time.Hour
 )
@@ -45,7 +40,7 @@ type Options struct {
 	From, To string
 	// Since are checkpoints that an auditor has kept: the store's logs must go on from them.
 	Since []*tlog.Checkpoint
-	// Parallel is how many logs are read at once. Default: the processors, at least 4. Of transparency logs 32 objects are, or more.
+	// Parallel is how many logs or objects are read at once. Default: the processors, at least 4.
 	Parallel int
 	// Log is called for each log, Tree for each transparency log, Problem for what is wrong elsewhere, one call at a time.
 	Log     func(auditlog.Report) error
@@ -401,18 +396,8 @@ func shortBytes(b []byte) [16]byte {
 
 // ordered works on what comes in, n at a time, and gives the results out in the same order.
 func ordered[T, R any](ctx context.Context, n int, in iter.Seq2[T, error], work func(T) R, out func(R) error) error {
-	return orderedLarge(ctx, n, in, func(T) bool { return false }, work, out)
-}
-
-// orderedLarge is ordered, but holds no more than maxLarge of the large ones, from before work to after out.
-func orderedLarge[T, R any](ctx context.Context, n int, in iter.Seq2[T, error], large func(T) bool, work func(T) R, out func(R) error) error {
 	ctx, cancel := context.WithCancel(ctx)
-	type result struct {
-		value R
-		large bool
-	}
-	results := make(chan chan result, n)
-	held := make(chan struct{}, maxLarge) // taken in order, so the one that is waited for has it
+	results := make(chan chan R, n)
 	var listErr error
 	var all sync.WaitGroup
 	all.Add(1)
@@ -424,33 +409,21 @@ func orderedLarge[T, R any](ctx context.Context, n int, in iter.Seq2[T, error], 
 				listErr = err
 				return
 			}
-			isLarge := large(item)
-			if isLarge {
-				select {
-				case held <- struct{}{}:
-				case <-ctx.Done():
-					return
-				}
-			}
-			r := make(chan result, 1)
+			r := make(chan R, 1)
 			select {
 			case results <- r:
 			case <-ctx.Done():
 				return
 			}
 			all.Add(1)
-			go func() { defer all.Done(); r <- result{work(item), isLarge} }()
+			go func() { defer all.Done(); r <- work(item) }()
 		}
 	}()
 	defer all.Wait()
 	defer cancel()
 	for r := range results {
-		one := <-r
-		if err := out(one.value); err != nil {
+		if err := out(<-r); err != nil {
 			return err
-		}
-		if one.large {
-			<-held
 		}
 	}
 	return errors.Join(listErr, context.Cause(ctx))

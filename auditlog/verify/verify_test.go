@@ -5,9 +5,7 @@ import (
 	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -525,90 +523,4 @@ func TestCancelled(t *testing.T) {
 	if _, err := verify.New(kept(t), pinned).Store(ctx); err == nil {
 		t.Error("no error")
 	}
-}
-
-// manyStore wants so many objects of the transparency log opened before it gives any.
-type manyStore struct {
-	*store
-	want int
-
-	mu      sync.Mutex
-	waiting int
-	enough  chan struct{}
-}
-
-func (s *manyStore) Open(ctx context.Context, name string) (io.ReadCloser, error) {
-	if strings.HasPrefix(name, tlog.Prefix) {
-		s.mu.Lock()
-		if s.waiting++; s.waiting == s.want {
-			close(s.enough)
-		}
-		s.mu.Unlock()
-		select {
-		case <-s.enough:
-		case <-time.After(time.Minute):
-			return nil, errors.New("nobody else asks")
-		}
-	}
-	return s.store.Open(ctx, name)
-}
-
-// A store that is far away is asked for many checkpoints at once, whatever the processors.
-func TestManyCheckpoints(t *testing.T) {
-	s := newStore()
-	for n := range 40 {
-		name := tlog.CheckpointName(tlog.Dir("gate-1", "20260101T000000Z"), uint32(n))
-		must(t, s.Put(t.Context(), name, strings.NewReader("x"), 1))
-	}
-	sum, err := verify.New(&manyStore{store: s, want: 32, enough: make(chan struct{})}, pinned).Trees(t.Context())
-	if err != nil || len(sum.Trees) != 1 || sum.Trees[0].Checkpoints != 40 {
-		t.Errorf("%+v %v", sum, err)
-	}
-}
-
-// Large objects are read by few at a time: what is in memory shall be bounded.
-func TestLargeCheckpoints(t *testing.T) {
-	s := newStore()
-	const large = 1 << 20
-	for n := range 40 {
-		name := tlog.CheckpointName(tlog.Dir("gate-1", "20260101T000000Z"), uint32(n))
-		must(t, s.Put(t.Context(), name, strings.NewReader(strings.Repeat("x", large)), large))
-	}
-	c := &countingStore{store: s}
-	sum, err := verify.New(c, pinned).Trees(t.Context())
-	if err != nil || len(sum.Trees) != 1 || sum.Trees[0].Checkpoints != 40 {
-		t.Errorf("%+v %v", sum, err)
-	}
-	if c.most > 4 || c.most == 0 {
-		t.Errorf("%d at once", c.most)
-	}
-}
-
-// countingStore counts the objects that are open at once.
-type countingStore struct {
-	*store
-
-	mu        sync.Mutex
-	now, most int
-}
-
-func (s *countingStore) Open(ctx context.Context, name string) (io.ReadCloser, error) {
-	r, err := s.store.Open(ctx, name)
-	s.mu.Lock()
-	s.now++
-	s.most = max(s.most, s.now)
-	s.mu.Unlock()
-	return countedObject{r, s}, err
-}
-
-type countedObject struct {
-	io.ReadCloser
-	s *countingStore
-}
-
-func (o countedObject) Close() error {
-	o.s.mu.Lock()
-	defer o.s.mu.Unlock()
-	o.s.now--
-	return o.ReadCloser.Close()
 }

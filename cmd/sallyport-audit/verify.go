@@ -84,7 +84,7 @@ cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log h
 	f.StringSliceVar(&o.gates, "gate", nil, "with --live: gates that must each have so new a checkpoint (default: any one)")
 	f.BoolVar(&o.sealed, "sealed", false, "fail if a log has no end yet, or is in no checkpoint yet")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print what is wrong, and the sum")
-	f.IntVar(&o.parallel, "parallel", 0, "how many logs are read at once (default: the processors, at least 4)")
+	f.IntVar(&o.parallel, "parallel", 0, "how much is read at once (default: the processors, at least 4)")
 	return c
 }
 
@@ -300,8 +300,7 @@ func (t *tool) checkpointCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "checkpoint [STORE]", Short: "Print the newest checkpoint of each transparency log, to keep elsewhere", Args: cobra.MaximumNArgs(1),
 		Long: `Print the newest checkpoint of each gate's transparency log, as C2SP signed notes, after proving the logs. Kept where the store's
-keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed. Every checkpoint that the
-store has is read for it, as for verify.`,
+keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed.`,
 		Example: `  sallyport-audit checkpoint s3://evidence/gate-1 --key gate.pub > kept.checkpoint`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""
