@@ -9,8 +9,8 @@ import (
 
 // Filter lets through what paints on a terminal, and nothing else: characters, colours, movements of the cursor, erasing,
 // scrolling, the alternate screen. What it takes out would change the terminal for good, or make it answer as if its user had
-// typed: titles, clipboard (OSC 52), queries, device strings, printing, keyboard and mouse modes, the bell, and characters
-// that change the direction of text.
+// typed: titles, clipboard (OSC 52), queries, device strings, printing, keyboard and mouse modes, tab stops (nothing tells what they
+// were before), the bell, and characters that change the direction of text.
 type Filter struct {
 	parser parser
 	out    bytes.Buffer
@@ -51,7 +51,7 @@ func (f *filtering) escape(between, final byte) {
 	switch {
 	case (between == '(' || between == ')') && (final == '0' || final == 'A' || final == 'B'):
 		f.out.Write([]byte{0x1b, between, final})
-	case between == '#' && final == '8', between == 0 && bytes.IndexByte([]byte("78DEHM"), final) >= 0:
+	case between == '#' && final == '8', between == 0 && bytes.IndexByte([]byte("78DEM"), final) >= 0:
 		f.out.WriteByte(0x1b)
 		if between != 0 {
 			f.out.WriteByte(between)
@@ -89,7 +89,7 @@ func (f *filtering) sequence(private byte, params []int, between, final byte) {
 		if f.last != 0 {
 			f.write(strconv.Itoa(n), final)
 		}
-	case bytes.IndexByte([]byte("ABCDEFGHIJKLMPSTXZ@`adefgmrsu"), final) >= 0:
+	case bytes.IndexByte([]byte("ABCDEFGHIJKLMPSTXZ@`adefmrsu"), final) >= 0:
 		f.write(string(f.parser.raw), final)
 	}
 }

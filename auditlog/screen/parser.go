@@ -27,6 +27,7 @@ type parser struct {
 	params  []int
 	raw     []byte // the parameters as they came, maxRaw and one byte at most
 	rest    []byte // the start of a character whose end is to come
+	c2      bool   // within a string: the last byte was C2, with which U+009C begins
 	bare    bool   // a line feed alone begins a line: there was no terminal that would have made it one
 }
 
@@ -86,19 +87,20 @@ func (p *parser) write(b []byte) {
 }
 
 func (p *parser) begin(s state) {
-	p.state, p.private, p.between, p.many, p.params, p.raw = s, 0, 0, false, p.params[:0], p.raw[:0]
+	p.state, p.private, p.between, p.many, p.c2, p.params, p.raw = s, 0, 0, false, false, p.params[:0], p.raw[:0]
 }
 
 // step takes a byte within an escape sequence.
 func (p *parser) step(c byte) {
 	switch {
 	case p.state == skipped:
-		switch c {
-		case 0x07, '\n', 0x18, 0x1a:
+		switch {
+		case c == 0x07, c == '\n', c == 0x18, c == 0x1a, p.c2 && c == 0x9c: // U+009C: ST
 			p.state = ground
-		case 0x1b:
+		case c == 0x1b:
 			p.state = skippedEscape
 		}
+		p.c2 = c == 0xc2
 		return
 	case p.state == skippedEscape:
 		p.state = escaped

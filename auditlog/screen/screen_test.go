@@ -50,6 +50,8 @@ func TestScreen(t *testing.T) {
 		{"painted over", 80, 24, "\x1b[5;5Hmenu|\x1b[5;5Hitem", []string{"    menu", "    item"}},
 		{"alternate screen", 80, 24, "$ vi|\x1b[?1049hfile text|\x1b[?1049l\r\n$ ls", []string{"file text", "$ vi", "$ ls"}},
 		{"title and clipboard", 80, 24, "a\x1b]0;title\x07b\x1b]52;c;eA==\x1b\\c\x1bPq#1\x1b\\d", []string{"abcd"}},
+		{"strings that U+009C ends", 80, 24, "a\x1b]0;title\u009cb\u009d0;title\u009cc\x1bPq\u009cd\u0090q\xc2\u009ce", []string{"abcde"}},
+		{"strings that have its bytes in others", 80, 24, "a\x1b]0;\u00dc\u071c\xc2x\x9cy\x07b", []string{"ab"}},
 		{"an unfinished string", 80, 24, "a\x1b]0;title\r\nb", []string{"ab"}},
 		{"UTF-8, in pieces", 80, 24, "caf\xc3|\xa9 \xe2\x82|\xac", []string{"café €"}},
 		{"not UTF-8", 80, 24, "a\xffb\x80", []string{"a\ufffdb\ufffd"}},
@@ -111,6 +113,7 @@ func TestFilter(t *testing.T) {
 		{"a\x1b]52;c;cm0gLXJmIC8=\x1b\\b", "ab"},
 		{"a\x1b]0;title\x07b\x1b]8;;http://x\x1b\\link", "ablink"},
 		{"a\u009d0;title\x07b\u009b6nc", "abc"},
+		{"a\u009d0;title\u009cb\u0090q\u009cc\x1b]0;t\u009cd", "abcd"},
 		{"a\x9d0;title\x9cb", "a\ufffd0;title\ufffdb"},
 		{"\x1bP$q\"p\x1b\\x\x1b_G\x1b\\y\x1b^z\x1b\\\x1bXs\x1b\\", "xy"},
 		{"\x05\x07\x00\x7f\x11\x13", ""},
@@ -119,6 +122,7 @@ func TestFilter(t *testing.T) {
 		{"\x1b[>4;2m\x1b[>1u\x1b[=1u\x1b[?1h\x1b=\x1b>\x1b[20h\x1b[12h\x1b[2h", ""},                   // keyboard
 		{"\x1b[?1000h\x1b[?1002h\x1b[?1003h\x1b[?1006h\x1b[?1004h\x1b[?2004h\x1b[?2026h\x1b[?3h", ""}, // mouse, focus, paste, columns
 		{"\x1b[1 q\x1b[61\"p\x1b[!p\x1b%@\x1b%G\x1b(K", ""},
+		{"\x1b[g\x1b[0g\x1b[3ga\x1bHb\x1b[5W", "ab"}, // tab stops
 		{"\x1b[999999999b", ""}, {"x\x1b[999999999b", "x\x1b[500b"},
 		{"a\u202eb\u2066c\u200bd", "a\ufffdb\ufffdc\ufffdd"},
 		{"\xc3\xa9 \xff", "é \ufffd"},
@@ -177,7 +181,7 @@ func FuzzFilter(f *testing.F) {
 		}
 		for i, r := range string(once) {
 			if r == 0x1b {
-				if next := once[min(i+1, len(once)-1)]; !strings.ContainsRune("[()#78DEHM", rune(next)) {
+				if next := once[min(i+1, len(once)-1)]; !strings.ContainsRune("[()#78DEM", rune(next)) {
 					t.Fatalf("%q: passes ESC %q", in, next)
 				}
 			} else if r < 0x20 && !strings.ContainsRune("\b\t\n\v\f\r\x0e\x0f", r) || r >= 0x7f && r < 0xa0 || unicode.Is(unicode.Bidi_Control, r) {

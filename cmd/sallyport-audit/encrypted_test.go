@@ -160,3 +160,36 @@ func TestIndex(t *testing.T) {
 		run(1, "say --index-cache", "", "index", "rebuild")
 	}
 }
+
+// Who has an identity is told what the log says, not the little that an index has in the clear beside an encrypted one that is lost.
+func TestIndexInTheClear(t *testing.T) {
+	recipient, err := os.ReadFile(sshAuditor + ".pub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	writeIndexed(t, dir, []string{string(recipient)}, func(l *auditlog.Log) {
+		session(t, l, "s1", map[uint32][]auditlog.Body{1: {&auditlog.Request{Type: "exec", Command: []byte("uptime"), OK: true}}})
+	})
+	indexes, err := filepath.Glob(filepath.Join(dir, "index/*/*/*/*/*"))
+	if err != nil || len(indexes) != 2 {
+		t.Fatal(indexes, err)
+	}
+	for _, name := range indexes {
+		if !strings.HasSuffix(name, "-c") {
+			if err := os.RemoveAll(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, args := range [][]string{{}, {"--user", "alice"}, {"--has-command", "uptime"}} {
+		out, errs, code := audit(t, append([]string{"list", "-o", "json", "--store", dir, "-i", sshAuditor}, args...)...)
+		if code != 0 || !strings.Contains(out, `"user":"alice"`) || !strings.Contains(out, `"commands":["uptime"]`) || strings.Contains(out, "from_index") {
+			t.Errorf("%v: exit code %d\n%s%s", args, code, out, errs)
+		}
+	}
+	out, errs, code := audit(t, "list", "-o", "json", "--store", dir)
+	if code != 1 || !strings.Contains(out, `"from_index":true`) || strings.Contains(out, "alice") {
+		t.Errorf("no identity: exit code %d\n%s%s", code, out, errs)
+	}
+}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -35,7 +36,7 @@ func (t *tool) importCommand() *cobra.Command {
 		Use: "import FILE... --to DIR", Short: "Take over audit logs of ContainerSSH", Args: cobra.MinimumNArgs(1),
 		Long: `Read audit logs that ContainerSSH has written in its binary format, version 1 or 2, and write each as a log of Sallyport into a
 directory, where all commands read it. A directory that is named is read with all below it; files in it that are no such logs are told, and
-left out. A log that is there already is left as it is.
+left out. A log that is there already is left as it is; of one whose import was broken off the directory is named, to be removed.
 
 The first record of such a log says that it was imported: from which file, with which SHA-256, when. Its signatures are those of the
 importer (--signing-key), or of a key that is made for this import and thrown away. They prove what was read; what happened before is
@@ -170,24 +171,36 @@ func (i *importer) walk(ctx context.Context, names []string, tell func(imported)
 
 // file imports a file.
 func (i *importer) file(ctx context.Context, path string, im *imported) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() { // to open a FIFO would wait for who writes to it
+		return errors.New("not a file")
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		return errors.Join(err, errors.New("not a file"))
-	}
+	return i.from(ctx, f, info.Size(), path, im)
+}
+
+// from imports what a file has at this moment.
+func (i *importer) from(ctx context.Context, f io.ReaderAt, length int64, path string, im *imported) error {
+	whole := io.NewSectionReader(f, 0, length)
 	h := sha256.New()
-	size, err := io.Copy(h, f)
+	size, err := io.Copy(h, whole)
 	if err != nil {
 		return err
 	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
+	if _, err := whole.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
 	sum := h.Sum(nil)
-	r, err := containerssh.NewReader(f, i.o.maxBytes)
+	again := sha256.New() // of what is converted
+	converted := io.TeeReader(whole, again)
+	r, err := containerssh.NewReader(converted, i.o.maxBytes)
 	if err != nil {
 		return err
 	}
@@ -203,33 +216,109 @@ func (i *importer) file(ctx context.Context, path string, im *imported) error {
 	if y := start.Year(); y < 1 || y > 9999 {
 		return fmt.Errorf("it began in the year %d", y)
 	}
-	there, err := i.there(ctx, auditlog.Name{Kind: auditlog.SessionLog, Day: start.Format("2006/01/02"), ID: im.ID}.Dir())
+	if _, now := i.done[im.ID]; now {
+		im.Result = wasThere
+		return nil
+	}
+	dir := auditlog.Name{Kind: auditlog.SessionLog, Day: start.Format("2006/01/02"), ID: im.ID}.Dir()
+	there, broken, err := i.there(ctx, dir)
 	if err != nil {
 		return err
 	}
-	if _, now := i.done[im.ID]; there || now {
+	if broken {
+		return fmt.Errorf("an import of it was broken off before: remove %s, and import again", filepath.Join(i.o.to, dir))
+	}
+	if there {
 		im.Result = wasThere
 		return nil
 	}
 	i.done[im.ID] = struct{}{}
 	head := &auditlog.Import{Format: fmt.Sprintf("ContainerSSH, version %d", r.Version()), File: filepath.Base(path), SHA256: sum, Size: uint64(size), Time: time.Now().UTC(),
 		Version: "sallyport-audit " + toolVersion(), Session: short(first.Connection, 200), Statement: auditlog.ImportStatement}
-	return i.write(ctx, r, first, head, start, im)
+	return i.write(ctx, r, first, head, start, im, func() error {
+		if _, err := io.Copy(io.Discard, converted); err != nil {
+			return err
+		}
+		if size != length || !bytes.Equal(again.Sum(nil), sum) {
+			return errChanged
+		}
+		return nil
+	})
 }
 
-// there says whether a log has objects.
-func (i *importer) there(ctx context.Context, dir string) (bool, error) {
-	for _, err := range i.dest.List(ctx, dir) {
-		return err == nil, err
+// there says whether a log has objects, and whether they are of an import that did not come to its end.
+func (i *importer) there(ctx context.Context, dir string) (there, broken bool, err error) {
+	for log, err := range auditlog.Logs(ctx, i.dest, dir) {
+		if err != nil || len(log.Segments) == 0 {
+			return err == nil, false, err
+		}
+		broken, err = i.broken(ctx, log)
+		return err == nil, broken, err
 	}
-	return false, nil
+	return false, false, nil
 }
 
-// write writes the log of a file whose first message was read.
-func (i *importer) write(ctx context.Context, r *containerssh.Reader, m containerssh.Message, head *auditlog.Import, start time.Time, im *imported) (err error) {
+// broken says whether a log is of an import that was broken off. A damaged one is not: verify tells of it, and it shall not be
+// removed.
+func (i *importer) broken(ctx context.Context, log auditlog.Stored) (bool, error) {
+	broken := false
+	err := i.records(ctx, log.Segments[0], func(rec auditlog.Record) bool {
+		_, broken = rec.Body.(*auditlog.Import)
+		return false
+	})
+	// The end is the last record; the last segment may have none. If the import was killed there is no end.
+	empty := true
+	for n := len(log.Segments) - 1; err == nil && broken && empty && n >= 0; n-- {
+		err = i.records(ctx, log.Segments[n], func(rec auditlog.Record) bool {
+			empty = false
+			if end, ok := rec.Body.(*auditlog.End); ok {
+				broken = strings.HasPrefix(end.Detail, brokenOff)
+			}
+			return true
+		})
+	}
+	if damage := (*auditlog.DamageError)(nil); errors.As(err, &damage) && damage.Cause == nil {
+		return false, nil
+	}
+	return broken, err
+}
+
+// records gives the records of a segment, until each has enough.
+func (i *importer) records(ctx context.Context, o auditlog.Object, each func(auditlog.Record) bool) error {
+	f, err := i.dest.Open(ctx, o.Name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	s, err := auditlog.NewSegmentReader(f)
+	if err != nil {
+		return err
+	}
+	for {
+		rec, err := s.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil || !each(rec) {
+			return err
+		}
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// brokenOff begins the detail of the end of a log whose import did not come to its own.
+const brokenOff = "the import was broken off"
+
+// errChanged says that what was converted is not what the first record names.
+var errChanged = errors.New("the file changed while it was read")
+
+// write writes the log of a file whose first message was read. same says at the end whether it was the same file all the time.
+func (i *importer) write(ctx context.Context, r *containerssh.Reader, m containerssh.Message, head *auditlog.Import, start time.Time, im *imported, same func() error) (err error) {
 	w := i.log.New(im.ID)
 	c := containerssh.NewConverter()
-	end := &auditlog.End{Cause: "interrupted", Detail: "the file ends before the connection did"}
+	end := &auditlog.End{Cause: "interrupted", Detail: brokenOff}
 	defer func() {
 		if !c.Last().IsZero() {
 			w.SetTime(c.Last())
@@ -257,20 +346,29 @@ func (i *importer) write(ctx context.Context, r *containerssh.Reader, m containe
 	}
 	for err = error(nil); err == nil; m, err = r.Next() {
 		if err := errors.Join(all(c.Add(m)), context.Cause(ctx)); err != nil {
-			end.Detail = "the import was broken off"
 			return err
 		}
 	}
 	if err := all(c.Finish()); err != nil {
 		return err
 	}
-	if c.Ended() {
-		end = &auditlog.End{Cause: "client-left"}
-	}
 	if !errors.Is(err, io.EOF) { // what came before it is kept
 		im.Why = "the rest can't be read: " + err.Error()
-		end = &auditlog.End{Cause: "interrupted", Detail: im.Why}
-		return record(c.Last(), 0, &auditlog.ImportNote{Type: -1, Text: strings.ToValidUTF8(im.Why, "?")})
+		if err := record(c.Last(), 0, &auditlog.ImportNote{Type: -1, Text: strings.ToValidUTF8(im.Why, "?")}); err != nil {
+			return err
+		}
+	}
+	if err := same(); err != nil {
+		end.Detail = brokenOff + ": " + err.Error()
+		return err
+	}
+	switch {
+	case im.Why != "":
+		end.Detail = im.Why
+	case c.Ended():
+		end = &auditlog.End{Cause: "client-left"}
+	default:
+		end.Detail = "the file ends before the connection did"
 	}
 	return nil
 }

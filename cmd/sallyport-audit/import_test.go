@@ -3,16 +3,23 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/fxamacker/cbor/v2"
 
 	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/file"
 )
 
 // containerSSH writes a file as ContainerSSH does: a message after the other in version 2, without an end of the compression.
@@ -112,5 +119,169 @@ func TestImport(t *testing.T) {
 	}
 	if _, errs, code := audit(t, "import", from); code != 1 || !strings.Contains(errs, "to") {
 		t.Errorf("no --to: %d %s", code, errs)
+	}
+}
+
+// readsAt tells of each read of a file.
+type readsAt struct {
+	io.ReaderAt
+	read func(p []byte, at int64)
+}
+
+func (r readsAt) ReadAt(p []byte, at int64) (int, error) {
+	n, err := r.ReaderAt.ReadAt(p, at)
+	r.read(p[:n], at)
+	return n, err
+}
+
+// longLog is a file of ContainerSSH whose log has several of the segments that importInto cuts.
+func longLog(t *testing.T, name string) {
+	t.Helper()
+	messages := [][]any{{0, map[string]any{"remoteAddr": "192.0.2.7"}}, {301, map[string]any{"channelType": "session"}, 0}}
+	for range 3500 {
+		noise := make([]byte, 2000)
+		_, _ = rand.Read(noise)
+		messages = append(messages, []any{500, map[string]any{"stream": 1, "data": noise}, 0})
+	}
+	containerSSH(t, name, "0123abcd", append(messages, []any{1, nil})...)
+}
+
+// importInto imports a file, whose reads it tells of, into small segments, and gives the error of it.
+func importInto(t *testing.T, ctx context.Context, path, to string, read func(p []byte, at int64)) error {
+	t.Helper()
+	store, err := file.NewStore(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dest, err := file.OpenSource(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dest.Close()
+	l, err := auditlog.Open(t.Context(), auditlog.Config{Spool: filepath.Join(t.TempDir(), "spool"), SegmentBytes: 8 << 10, SegmentAge: time.Hour, Codec: "none"},
+		testKey, store, "import", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := &importer{o: importOptions{to: to, maxBytes: 1 << 30}, log: l, dest: dest, done: make(map[string]struct{})}
+	failed := i.from(ctx, readsAt{f, read}, info.Size(), path, &imported{File: path})
+	closing, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := l.Close(closing); err != nil {
+		t.Fatal(err)
+	}
+	return failed
+}
+
+// An import that was broken off is not taken for one that is there.
+func TestImportBrokenOff(t *testing.T) {
+	from, to := filepath.Join(t.TempDir(), "one"), t.TempDir()
+	longLog(t, from)
+	ctx, cancel := context.WithCancel(t.Context())
+	starts := 0
+	err := importInto(t, ctx, from, to, func(_ []byte, at int64) {
+		if at == 0 {
+			starts++
+		}
+		if starts == 2 && at > 5_000_000 { // while it is converted
+			cancel()
+		}
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(to, "sessions/2023/11/14/0123abcd")
+	segments, err := filepath.Glob(filepath.Join(dir, "*.seg"))
+	if err != nil || len(segments) < 3 {
+		t.Fatal(segments, err)
+	}
+	again := func() {
+		t.Helper()
+		out, errs, code := audit(t, "import", from, "--to", to)
+		if code != 1 || !strings.Contains(out, "not imported  ") || !strings.Contains(out, "broken off before: remove "+dir+", and import again") {
+			t.Errorf("code %d %s%s", code, out, errs)
+		}
+	}
+	again()
+	// One that was killed has no end.
+	if err := os.Remove(segments[len(segments)-1]); err != nil {
+		t.Fatal(err)
+	}
+	again()
+	// A damaged log is not to be removed.
+	if err := os.Truncate(segments[len(segments)-2], 5000); err != nil {
+		t.Fatal(err)
+	}
+	if out, errs, code := audit(t, "import", from, "--to", to); code != 0 || !strings.Contains(out, "already there") {
+		t.Errorf("code %d %s%s", code, out, errs)
+	}
+	// After that it is imported.
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := importInto(t, t.Context(), from, to, func([]byte, int64) {}); err != nil {
+		t.Fatal(err)
+	}
+	if out, errs, code := audit(t, "import", from, "--to", to); code != 0 || !strings.Contains(out, "already there") {
+		t.Errorf("code %d %s%s", code, out, errs)
+	}
+}
+
+// What the first record says of the file holds for the bytes that were converted.
+func TestImportChanged(t *testing.T) {
+	from := filepath.Join(t.TempDir(), "one")
+	longLog(t, from)
+	const mtime = 40 + 4 // of the compression's header, which says nothing about what is in it
+	for name, change := range map[string]func(p []byte, at int64){
+		"what is not converted": func(p []byte, at int64) {
+			if at <= mtime && mtime < at+int64(len(p)) {
+				p[mtime-at] ^= 1
+			}
+		},
+		"the middle": func(p []byte, at int64) {
+			if at > 1_000_000 {
+				clear(p)
+			}
+		},
+	} {
+		to := t.TempDir()
+		starts := 0
+		err := importInto(t, t.Context(), from, to, func(p []byte, at int64) {
+			if at == 0 {
+				starts++
+			}
+			if starts == 2 { // the first time it was hashed
+				change(p, at)
+			}
+		})
+		if err == nil || !strings.Contains(err.Error(), "the file changed") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if out, _, code := audit(t, "import", from, "--to", to); code != 1 || !strings.Contains(out, "broken off before") {
+			t.Errorf("%s: again: %d %s", name, code, out)
+		}
+		if out, _, _ := audit(t, "show", "0123abcd", "--store", to); !strings.Contains(out, "the file changed") {
+			t.Errorf("%s: no word of it in\n%s", name, out)
+		}
+	}
+	// One that has become shorter.
+	err := importInto(t, t.Context(), from, t.TempDir(), func(_ []byte, at int64) {
+		if at > 1_000_000 {
+			if err := os.Truncate(from, 500_000); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err == nil || !strings.Contains(err.Error(), "the file changed") {
+		t.Error(err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -88,7 +89,8 @@ func TestSigningCommand(t *testing.T) {
 // A command that hangs is killed with what it has started.
 func TestSigningHangs(t *testing.T) {
 	mark := filepath.Join(t.TempDir(), "pid")
-	s := &commandSigner{argv: []string{script(t, "sleep 600 & echo $! >"+mark+"; wait")}, running: make(chan struct{}, 1), timeout: time.Second / 2}
+	// Long enough for a busy machine to start a shell: what it starts is what the test is about.
+	s := &commandSigner{argv: []string{script(t, "sleep 600 & echo $! >"+mark+"; wait")}, running: make(chan struct{}, 1), timeout: 10 * time.Second}
 	if _, err := s.once([]byte("m")); err == nil || !strings.Contains(err.Error(), "no signature within") {
 		t.Error(err)
 	}
@@ -96,9 +98,13 @@ func TestSigningHangs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid < 2 {
+		t.Fatalf("it started nothing: %q %v", b, err)
+	}
 	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		// Killed, it is gone, or waits for a parent to look at it.
-		stat, err := os.ReadFile("/proc/" + strings.TrimSpace(string(b)) + "/stat")
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil || strings.Contains(string(stat), ") Z ") {
 			return
 		}
