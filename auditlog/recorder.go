@@ -540,6 +540,7 @@ func (r *Recorder) flush() {
 		}
 		drained := len(r.full) == 0 && r.tail.count == 0
 		cut := r.cut && drained
+		r.cut = r.cut && !cut // once for each time that it is asked for, though records keep coming
 		r.mu.Unlock()
 
 		err := r.write(b, bulk)
@@ -573,7 +574,6 @@ func (r *Recorder) flush() {
 			continue
 		}
 		if r.tail.count == 0 {
-			r.cut = false
 			r.urgent = r.urgent && r.unsynced > 0 // somebody began to wait just now
 			if r.closing {
 				r.mu.Unlock()
