@@ -134,16 +134,16 @@ func (r readsAt) ReadAt(p []byte, at int64) (int, error) {
 	return n, err
 }
 
-// longLog is a file of ContainerSSH whose log has several of the segments that importInto cuts.
-func longLog(t *testing.T, name string) {
+// longLog is a file of ContainerSSH with so many messages of 2,000 bytes that do not compress. importInto cuts a segment after each MiB.
+func longLog(t *testing.T, name string, messages int) {
 	t.Helper()
-	messages := [][]any{{0, map[string]any{"remoteAddr": "192.0.2.7"}}, {301, map[string]any{"channelType": "session"}, 0}}
-	for range 3500 {
+	all := [][]any{{0, map[string]any{"remoteAddr": "192.0.2.7"}}, {301, map[string]any{"channelType": "session"}, 0}}
+	for range messages {
 		noise := make([]byte, 2000)
 		_, _ = rand.Read(noise)
-		messages = append(messages, []any{500, map[string]any{"stream": 1, "data": noise}, 0})
+		all = append(all, []any{500, map[string]any{"stream": 1, "data": noise}, 0})
 	}
-	containerSSH(t, name, "0123abcd", append(messages, []any{1, nil})...)
+	containerSSH(t, name, "0123abcd", append(all, []any{1, nil})...)
 }
 
 // importInto imports a file, whose reads it tells of, into small segments, and gives the error of it.
@@ -185,14 +185,14 @@ func importInto(t *testing.T, ctx context.Context, path, to string, read func(p 
 // An import that was broken off is not taken for one that is there.
 func TestImportBrokenOff(t *testing.T) {
 	from, to := filepath.Join(t.TempDir(), "one"), t.TempDir()
-	longLog(t, from)
+	longLog(t, from, 2000)
 	ctx, cancel := context.WithCancel(t.Context())
 	starts := 0
 	err := importInto(t, ctx, from, to, func(_ []byte, at int64) {
 		if at == 0 {
 			starts++
 		}
-		if starts == 2 && at > 5_000_000 { // while it is converted
+		if starts == 2 && at > 3_000_000 { // while it is converted
 			cancel()
 		}
 	})
@@ -239,7 +239,7 @@ func TestImportBrokenOff(t *testing.T) {
 // What the first record says of the file holds for the bytes that were converted.
 func TestImportChanged(t *testing.T) {
 	from := filepath.Join(t.TempDir(), "one")
-	longLog(t, from)
+	longLog(t, from, 700)
 	const mtime = 40 + 4 // of the compression's header, which says nothing about what is in it
 	for name, change := range map[string]func(p []byte, at int64){
 		"what is not converted": func(p []byte, at int64) {
