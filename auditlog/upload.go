@@ -323,7 +323,7 @@ func (u *uploader) rescan() {
 	}
 	u.overflow, u.err = false, nil
 	for i, f := range files {
-		if f.suffix == openSuffix {
+		if f.suffix == openSuffix || u.l.unsealed[f.id] && f.suffix == sealedSuffix && lastSealed(files[i:]) {
 			continue
 		}
 		if q := u.queues[f.id]; q != nil && f.number <= q.segments[len(q.segments)-1].number {
@@ -344,6 +344,20 @@ func (u *uploader) rescan() {
 	for range uploadWorkers {
 		u.notify()
 	}
+}
+
+// lastSealed says whether no sealed segment of the same log follows the first of files. It is what a restart finds a log by whose
+// next segment could not be made.
+func lastSealed(files []spoolFile) bool {
+	for _, f := range files[1:] {
+		if f.id != files[0].id {
+			return true
+		}
+		if f.suffix == sealedSuffix {
+			return false
+		}
+	}
+	return true
 }
 
 // close lets the workers finish what is there until ctx is done.
