@@ -69,7 +69,10 @@ func (l *Log) openTree() error {
 		return err
 	}
 	l.key.tree = l.tree.Origin()
-	return l.publishKey()
+	if err := l.publishKey(); err != nil {
+		l.log.Warn("audit log: the next start tries again", "error", err) // a convenience: no reason not to start
+	}
+	return nil
 }
 
 // publishKey puts the public key into the store, once.

@@ -374,6 +374,54 @@ func TestFailure(t *testing.T) {
 	must(t, l.Close())
 }
 
+// A log is opened while nothing can be written, also with a checkpoint that was made and not handed on: it says so, takes no leaves
+// until the disk is mended, and then goes on with that checkpoint.
+func TestOpenFull(t *testing.T) {
+	for _, pending := range []bool{false, true} {
+		t.Run(fmt.Sprint(pending), func(t *testing.T) {
+			dir, s := t.TempDir(), newSpool()
+			l := open(t, s, dir)
+			prefix := Dir(l.state.Gate, l.state.Log)
+			must(t, l.Add([]byte("a")))
+			must(t, l.Cut())
+			must(t, l.Add([]byte("b")))
+			full := errors.New("disk full")
+			if pending {
+				l.cfg.Put = func(string, uint32, []Object) error { return full }
+				if err := l.Cut(); !errors.Is(err, full) {
+					t.Fatal(err)
+				}
+				must(t, l.Add([]byte("c"))) // a leaf more than the checkpoint has
+			}
+			must(t, l.wait.Close())
+			s.fail = full
+			for _, name := range []string{waitFile, nextFile} { // no file can be made in the place of a directory
+				must(t, os.Mkdir(filepath.Join(dir, name+".tmp"), 0o700))
+			}
+			l = open(t, s, dir)
+			if l.Err() == nil || l.Add([]byte("x")) == nil || l.Cut() == nil || l.Err() == nil {
+				t.Error("all is well, on a disk that is full")
+			}
+			for _, name := range []string{waitFile, nextFile} {
+				must(t, os.Remove(filepath.Join(dir, name+".tmp")))
+			}
+			s.fail = nil
+			must(t, l.Cut())
+			must(t, l.Add([]byte("z")))
+			must(t, l.Close())
+			l = open(t, s, dir)
+			want := "[a b z]"
+			if pending {
+				want = "[a b c z]"
+			}
+			if got := s.replay(t, prefix); fmt.Sprint(got) != want || len(l.entries) > 0 || Dir(l.state.Gate, l.state.Log) != prefix {
+				t.Errorf("%s, want %s; %d wait", got, want, len(l.entries))
+			}
+			must(t, l.Close())
+		})
+	}
+}
+
 type flaky struct {
 	ed25519.PrivateKey
 	err   error
