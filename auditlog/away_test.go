@@ -304,3 +304,15 @@ func TestSpoolTwice(t *testing.T) {
 		t.Errorf("what was refused is not kept: %v", err)
 	}
 }
+
+// What waits of the transparency log goes first; but while the store is away, all are tried in turn: it might refuse one alone.
+func TestTakeOrder(t *testing.T) {
+	for away, want := range map[bool]string{false: "[tlog-x tlog-x tlog-x]", true: "[s1 s2 tlog-x]"} {
+		if got := fmt.Sprint(auditlog.TakeOrder(3, away, "s1", "s2", "tlog-x")); got != want {
+			t.Errorf("away %v: %s, want %s", away, got, want)
+		}
+	}
+	if got := fmt.Sprint(auditlog.TakeOrder(3, false, "s1", "s2")); got != "[s1 s2 s1]" {
+		t.Error(got)
+	}
+}

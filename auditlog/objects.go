@@ -25,7 +25,7 @@ const objectSuffix = ".obj"
 const maxObjectName = 1024
 
 // busyObjects is how many objects of the transparency log may wait for the store before it stops to speak without leaves.
-const busyObjects = 64
+const busyObjects = 2
 
 // KeyPrefix is below which public keys are published, for convenience alone: who can write there could write another.
 const KeyPrefix = "keys/"

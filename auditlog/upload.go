@@ -9,8 +9,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 const (
@@ -55,6 +59,7 @@ type uploader struct {
 	mu       sync.Mutex // guards all below
 	queues   map[string]*uploadQueue
 	order    []*uploadQueue // those in queues, the next first
+	trees    []*uploadQueue // those of transparency logs among them
 	waiting  int
 	overflow bool // the spool holds segments that are not in queues
 	closing  bool
@@ -97,6 +102,9 @@ func (u *uploader) addLocked(id string, s upload) {
 		q = &uploadQueue{id: id}
 		u.queues[id] = q
 		u.order = append(u.order, q)
+		if strings.HasPrefix(id, tlog.QueuePrefix) {
+			u.trees = append(u.trees, q)
+		}
 	}
 	if n := len(q.segments); n > 0 && s.number <= q.segments[n-1].number {
 		return // a rescan was first
@@ -148,6 +156,13 @@ func (u *uploader) take() (q *uploadQueue, wait time.Duration, finished bool) {
 	away := u.row >= awayAfter
 	if d := u.probe.Sub(now); away && (u.probing != nil || d > 0) {
 		return nil, max(d, backoffFirst), u.finished()
+	}
+	// Checkpoints before all else: what came to the store is proven by them. One at a time, so they hold up nothing.
+	for _, q := range u.trees {
+		if !away && !q.busy && !q.after.After(now) {
+			q.busy = true
+			return q, 0, false
+		}
 	}
 	for i, q := range u.order {
 		if q.busy {
@@ -297,6 +312,7 @@ func (u *uploader) result(q *uploadQueue, s upload, err error) {
 		q.segments = q.segments[1:]
 		if len(q.segments) == 0 {
 			delete(u.queues, q.id)
+			u.trees = slices.DeleteFunc(u.trees, func(other *uploadQueue) bool { return other == q })
 			for i := len(u.order) - 1; i >= 0; i-- {
 				if u.order[i] == q {
 					u.order = append(u.order[:i], u.order[i+1:]...)

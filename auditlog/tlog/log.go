@@ -159,7 +159,7 @@ func (l *Log) finish(next *state) error {
 	return rename(l.cfg.Dir, nextFile, stateFile)
 }
 
-func (l *Log) queue(s *state) string { return "tlog-" + s.Log }
+func (l *Log) queue(s *state) string { return QueuePrefix + s.Log }
 
 // Origin names the log.
 func (l *Log) Origin() string { return Origin(l.cfg.Gate, l.name) }
