@@ -91,14 +91,6 @@ func (l *Log) open() error {
 		// The name sorts by time, and nobody else can have taken it.
 		id := time.Now().UTC().Format("20060102T150405Z") + "-" + rand.Text()[:10]
 		l.state = &state{Gate: l.cfg.Gate, Log: id, Tree: &Tree{}}
-		b, err := encodeState(l.state)
-		if err == nil {
-			err = writeFile(dir, stateFile, b)
-		}
-		if err != nil {
-			return err
-		}
-		l.cfg.Slog.Info("transparency log: begun", "origin", Origin(l.cfg.Gate, id))
 		// Leaves that waited go into the new log, even if they are in the old one too.
 		if l.entries, err = readWaiting(dir, nil); err != nil {
 			return err
@@ -106,7 +98,20 @@ func (l *Log) open() error {
 	}
 	l.name, l.base = l.state.Log, l.state.Tree.Size
 	if begun {
-		return l.rewriteWaiting() // else what waited under the old name would be lost
+		// Leaves before the state: a crash between the two finds no state of the gate's, and takes all that wait.
+		if err := l.rewriteWaiting(); err != nil {
+			return err
+		}
+		b, err := encodeState(l.state)
+		if err == nil {
+			err = writeFile(dir, stateFile, b)
+		}
+		if err != nil {
+			l.wait.Close() // the error that counts is here already
+			return err
+		}
+		l.cfg.Slog.Info("transparency log: begun", "origin", Origin(l.cfg.Gate, l.name))
+		return nil
 	}
 	if err := l.rewriteWaiting(); err != nil {
 		// A disk that is full now: the leaves are in the old file, and the next checkpoint writes it anew.

@@ -137,10 +137,9 @@ func readWaiting(dir string, s *state) ([][]byte, error) {
 			entries = append(entries, w.Entry)
 			continue
 		}
-		if w.Log != s.Log {
-			continue
-		}
 		switch next := s.Tree.Size + int64(len(entries)); {
+		case w.Log != s.Log: // a crash came when another log was to begin, and the gate has its old name again
+			entries = append(entries, w.Entry)
 		case w.Index == next:
 			entries = append(entries, w.Entry)
 		case w.Index > next:

@@ -481,6 +481,36 @@ func TestLost(t *testing.T) {
 	}
 }
 
+// A crash while a new log begins loses no leaf that waited, whichever name the gate has after it.
+func TestLostTwice(t *testing.T) {
+	for _, gate := range []string{"gate-1", "gate-2"} {
+		dir, s := t.TempDir(), newSpool()
+		l := open(t, s, dir)
+		must(t, l.Add([]byte("a")))
+		must(t, l.Cut())
+		must(t, l.Add([]byte("b")))
+		must(t, l.wait.Close())
+		cfg := s.config(dir, testKey)
+		cfg.Gate = "gate-2"
+		for _, name := range []string{waitFile, stateFile} { // in the order in which they are written
+			must(t, os.Mkdir(filepath.Join(dir, name+".tmp"), 0o700)) // where the crash comes
+			if _, err := Open(cfg); err == nil {
+				t.Fatal("no crash at", name)
+			}
+			must(t, os.Remove(filepath.Join(dir, name+".tmp")))
+		}
+		cfg.Gate = gate
+		l, err := Open(cfg)
+		must(t, err)
+		must(t, l.Cut())
+		want := map[string]string{"gate-1": "[a b]", "gate-2": "[b]"}[gate]
+		if got := s.replay(t, Dir(l.state.Gate, l.state.Log)); fmt.Sprint(got) != want {
+			t.Errorf("%s: %s, want %s", gate, got, want)
+		}
+		must(t, l.Close())
+	}
+}
+
 // Every byte of a checkpoint's object counts, also those that base64 does not need.
 func TestFlipped(t *testing.T) {
 	c := &Checkpoint{Gate: "g", Log: "l", Number: 3, Time: time.Unix(1, 5).UTC(), Old: 1, Size: 3, Entries: [][]byte{[]byte("abcd"), {}}}
