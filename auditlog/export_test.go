@@ -41,3 +41,11 @@ func TakeOrder(n int, away bool, queues ...string) (order []string) {
 	}
 	return order
 }
+
+// LookAgain has the uploader look at the spool as if it had lost track of what is there.
+func (l *Log) LookAgain() {
+	l.uploads.mu.Lock()
+	defer l.uploads.mu.Unlock()
+	l.uploads.overflow = true
+	l.uploads.notify()
+}

@@ -27,14 +27,14 @@ func (f spoolFile) path(dir string) string {
 }
 
 // upload reads the header for the name that the object gets.
-func (f spoolFile) upload(dir string) (upload, error) {
+func (f spoolFile) upload(d disk, dir string) (upload, error) {
 	if f.size < 0 {
 		return upload{}, fmt.Errorf("%s: can't be looked at", f.path(dir))
 	}
 	if f.suffix == objectSuffix {
 		return f.object(dir)
 	}
-	file, err := os.Open(f.path(dir))
+	file, err := d.OpenFile(f.path(dir), os.O_RDONLY, 0)
 	if err != nil {
 		return upload{}, err
 	}

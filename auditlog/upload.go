@@ -48,6 +48,12 @@ type uploadQueue struct {
 	busy     bool
 }
 
+// lateUpload is a segment of the log id that came while a look at the spool was under way.
+type lateUpload struct {
+	id string
+	upload
+}
+
 // uploader brings sealed segments from the spool to the store.
 type uploader struct {
 	l      *Log
@@ -61,7 +67,10 @@ type uploader struct {
 	order    []*uploadQueue // those in queues, the next first
 	trees    []*uploadQueue // those of transparency logs among them
 	waiting  int
-	overflow bool // the spool holds segments that are not in queues
+	overflow bool              // the spool holds segments that are not in queues
+	scanning bool              // a look at the spool is under way, and overflow is set
+	late     []lateUpload      // that were added meanwhile
+	lateFrom map[string]uint32 // the first number of each log of those
 	closing  bool
 	err      error // of the last look at the spool, nil if it went well
 	stored   uint64
@@ -88,6 +97,18 @@ func (u *uploader) start() {
 func (u *uploader) add(id string, s upload) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	if u.scanning { // the look may miss it, and see those after it
+		if _, ok := u.lateFrom[id]; !ok {
+			if u.lateFrom == nil {
+				u.lateFrom = make(map[string]uint32)
+			}
+			u.lateFrom[id] = s.number
+		}
+		if len(u.late) <= maxWaiting { // one more says that there is no room
+			u.late = append(u.late, lateUpload{id, s})
+		}
+		return
+	}
 	if u.overflow || u.waiting >= maxWaiting {
 		u.overflow = true
 		return
@@ -324,42 +345,77 @@ func (u *uploader) result(q *uploadQueue, s upload, err error) {
 	u.notify()
 }
 
-// rescan looks at the spool again once there is room for the segments that found none.
+// rescan looks at the spool again once there is room for the segments that found none. One worker does so at a time, without the
+// lock: a spool may hold very many files, and sessions go on meanwhile.
 func (u *uploader) rescan() {
 	u.mu.Lock()
-	defer u.mu.Unlock()
-	if !u.overflow || u.waiting > maxWaiting/2 {
+	if !u.overflow || u.scanning || u.waiting > maxWaiting/2 {
+		u.mu.Unlock()
 		return
 	}
+	u.scanning = true
+	u.mu.Unlock()
+
 	files, err := readSpool(u.l.cfg.Spool)
-	if err != nil {
-		u.err = err
+	all := err == nil
+	for i := 0; all && i < len(files); i++ {
+		all = u.found(files[i:])
+	}
+
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	defer func() { u.scanning, u.late, u.lateFrom = false, nil, nil }()
+	if u.err = err; err != nil {
 		u.l.log.Error("audit log: spool", "error", err)
-		return
+		return // tried again in a while, or with what comes next
 	}
-	u.overflow, u.err = false, nil
-	for i, f := range files {
-		if f.suffix == openSuffix || u.l.unsealed[f.id] && f.suffix == sealedSuffix && lastSealed(files[i:]) {
-			continue
+	if all && u.waiting+len(u.late) <= maxWaiting {
+		u.overflow = false
+		for _, s := range u.late {
+			u.addLocked(s.id, s.upload)
 		}
-		if q := u.queues[f.id]; q != nil && f.number <= q.segments[len(q.segments)-1].number {
-			continue
-		}
-		if u.waiting >= maxWaiting {
-			u.overflow = true
-			return
-		}
-		s, err := f.upload(u.l.cfg.Spool)
-		if err != nil {
-			u.l.log.Error("audit log: spool", "error", err)
-			continue
-		}
-		s.last = i == len(files)-1 || files[i+1].id != f.id // as far as can be seen
-		u.addLocked(f.id, s)
-	}
+	} // else another look finds them
 	for range uploadWorkers {
 		u.notify()
 	}
+}
+
+// found queues the first of files if it is a sealed segment or an object that is in no queue. It says whether there was room.
+func (u *uploader) found(files []spoolFile) (room bool) {
+	f := files[0]
+	if f.suffix == openSuffix || u.l.unsealed[f.id] && f.suffix == sealedSuffix && lastSealed(files) {
+		return true
+	}
+	u.mu.Lock()
+	known := u.known(f)
+	room = u.waiting < maxWaiting
+	u.mu.Unlock()
+	if known || !room {
+		return room
+	}
+	s, err := f.upload(u.l.disk, u.l.cfg.Spool)
+	if errors.Is(err, os.ErrNotExist) {
+		return true // stored meanwhile
+	}
+	if err != nil {
+		u.l.log.Error("audit log: spool", "error", err)
+		return true
+	}
+	s.last = len(files) == 1 || files[1].id != f.id // as far as can be seen
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.addLocked(f.id, s)
+	u.notify()
+	return true
+}
+
+// known says whether a file is queued, or will be from those that came late: it goes after those before it. The lock is held.
+func (u *uploader) known(f spoolFile) bool {
+	if from, ok := u.lateFrom[f.id]; ok && f.number >= from {
+		return true
+	}
+	q := u.queues[f.id]
+	return q != nil && f.number <= q.segments[len(q.segments)-1].number
 }
 
 // lastSealed says whether no sealed segment of the same log follows the first of files. It is what a restart finds a log by whose
