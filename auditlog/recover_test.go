@@ -2,6 +2,7 @@ package auditlog_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -132,7 +133,14 @@ func TestKeys(t *testing.T) {
 	if err != nil || len(pub) != 1 || !pub[0].Equal(key.Public()) {
 		t.Errorf("public half: %v %v", pub, err)
 	}
-	if _, err := auditlog.CreateKey(path); err == nil {
+	if files, err := os.ReadDir(filepath.Dir(path)); err != nil || len(files) != 2 {
+		t.Errorf("beside the key: %v %v", files, err)
+	}
+	info, err := os.Stat(path + ".pub")
+	if err != nil || info.Mode() != 0o644 {
+		t.Errorf("public half: %v %v", info, err)
+	}
+	if _, err := auditlog.CreateKey(path); !errors.Is(err, fs.ErrExist) {
 		t.Error("overwritten")
 	} else if again, err := auditlog.LoadKey(path); err != nil || !again.Equal(key) {
 		t.Errorf("after a refused creation: %v", err)
