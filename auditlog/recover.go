@@ -46,8 +46,9 @@ func (f spoolFile) upload(d disk, dir string) (upload, error) {
 	return upload{number: f.number, name: s.Header().Name().String(), size: f.size}, nil
 }
 
-// readSpool lists a spool's segments by log and number. It removes what probes left.
-func readSpool(dir string) ([]spoolFile, error) {
+// readSpool lists a spool's segments by log and number. It removes what probes left, and at a start also what a crash left of objects
+// that were being written.
+func readSpool(dir string, start bool) ([]spoolFile, error) {
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -57,7 +58,7 @@ func readSpool(dir string) ([]spoolFile, error) {
 	for {
 		entries, err := d.ReadDir(1024)
 		for _, e := range entries {
-			if strings.HasSuffix(e.Name(), probeSuffix) {
+			if strings.HasSuffix(e.Name(), probeSuffix) || start && strings.HasSuffix(e.Name(), unfinishedSuffix) {
 				os.Remove(filepath.Join(dir, e.Name())) // one that stays holds up nothing
 				continue
 			}
@@ -105,7 +106,7 @@ func parseSpoolName(name string) (spoolFile, bool) {
 // recover seals what an earlier gate left unsealed and queues all that waits for the store. What can't be sealed, as a file can't be
 // read or the disk is full, stays for the next start: it shall not keep all others from the store, which alone makes room.
 func (l *Log) recover(ctx context.Context) error {
-	files, err := readSpool(l.cfg.Spool)
+	files, err := readSpool(l.cfg.Spool, true)
 	if err != nil {
 		return err
 	}

@@ -87,7 +87,7 @@ func TestRecover(t *testing.T) {
 		"last footer, not renamed":     {last, map[string][]byte{spoolFile(last, ".part"): m[names[last]]}, auditlog.Sealed, recordsOf(last + 1)},
 		"last renamed":                 {last, map[string][]byte{spoolFile(last, ".seg"): m[names[last]]}, auditlog.Sealed, recordsOf(last + 1)},
 		"nothing stored, all in spool": {0, map[string][]byte{spoolFile(0, ".seg"): m[names[0]], spoolFile(1, ".seg"): m[names[1]], spoolFile(2, ".part"): footerLess(2)}, auditlog.Interrupted, recordsOf(3) + 1},
-		"probe left":                   {last + 1, map[string][]byte{"probe-1.probe": nil}, auditlog.Sealed, recordsOf(last + 1)},
+		"probe left":                   {last + 1, map[string][]byte{"probe-1.probe": nil, "tlog-x.00000003.obj.tmp": []byte("tlog/")}, auditlog.Sealed, recordsOf(last + 1)},
 	} {
 		stored := make(map[string][]byte)
 		for _, name := range names[:c.stored] {
