@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -302,5 +303,85 @@ func TestSpoolTwice(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(cfg.Spool, fmt.Sprintf("sample-2-none.%08d.seg", len(names)-1))); err != nil {
 		t.Errorf("what was refused is not kept: %v", err)
+	}
+}
+
+// What waits of the transparency log goes first; but while the store is away, all are tried in turn: it might refuse one alone.
+func TestTakeOrder(t *testing.T) {
+	for away, want := range map[bool]string{false: "[tlog-x tlog-x tlog-x]", true: "[s1 s2 tlog-x]"} {
+		if got := fmt.Sprint(auditlog.TakeOrder(3, away, "s1", "s2", "tlog-x")); got != want {
+			t.Errorf("away %v: %s, want %s", away, got, want)
+		}
+	}
+	if got := fmt.Sprint(auditlog.TakeOrder(3, false, "s1", "s2")); got != "[s1 s2 s1]" {
+		t.Error(got)
+	}
+}
+
+// openHeldDisk is a disk on which opening one file takes its time.
+type openHeldDisk struct {
+	auditlog.OSDisk
+	name    string
+	came    chan struct{} // holds one; somebody waits
+	release chan struct{}
+}
+
+func (d *openHeldDisk) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskFile, error) {
+	if filepath.Base(name) == d.name {
+		select {
+		case d.came <- struct{}{}:
+		default:
+		}
+		<-d.release
+	}
+	return d.OSDisk.OpenFile(name, flag, perm)
+}
+
+// A look at a spool with very many files holds up no session: they are sealed meanwhile, and go to the store after it.
+func TestLookHoldsUpNothing(t *testing.T) {
+	m, names := one(t, "none")
+	d := &openHeldDisk{name: "sample-2-none.00000001.seg", came: make(chan struct{}, 1), release: make(chan struct{})}
+	store := &shelf{objects: make(map[string][]byte)}
+	cfg := endConfig(t.TempDir())
+	cfg.SegmentBytes = 4 << 10
+	l, err := auditlog.OpenOn(t.Context(), d, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+	must(t, err)
+	long := l.New("long")
+	login(t, long)
+	must(t, long.Begin())
+	spool := map[string][]byte{}
+	for i, name := range names {
+		spool[fmt.Sprintf("sample-2-none.%08d.seg", i)] = m[name]
+	}
+	writeSpool(t, cfg.Spool, spool)
+	l.LookAgain()
+	select {
+	case <-d.came:
+	case <-time.After(time.Minute):
+		t.Fatal("no look")
+	}
+	endSessions(t, l, "s", 20)
+	for i := range 20 {
+		must(t, long.Record(1, numbered(i, 3<<10)))
+	}
+	must(t, long.Close(&auditlog.End{Cause: "client-left"}))
+	if s := l.Stats(); s.SpoolBytes == 0 {
+		t.Errorf("%+v", s)
+	}
+	close(d.release)
+	closeLog(t, l)
+	src := store.source()
+	all := logs(t, src, auditlog.SessionPrefix)
+	if len(all) != 22 {
+		t.Errorf("%d logs", len(all))
+	}
+	for _, s := range all {
+		if _, rep := readAll(t, src, s); rep.State != auditlog.Sealed {
+			t.Errorf("%s: %+v", s.Name.ID, rep)
+		}
+	}
+	left, err := os.ReadDir(cfg.Spool)
+	if err != nil || len(left) != 1 {
+		t.Errorf("left in the spool: %v %v", left, err)
 	}
 }

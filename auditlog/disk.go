@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 )
 
-// disk is what changes a spool: everything that must be there after a crash goes through it. osDisk is the real one. Tests
+// disk is what changes a spool, and what a start reads of it: everything that must be there after a crash goes through it. osDisk is the real one. Tests
 // put others in its place, that fail, that forget at a power cut what was not synced, or that end the process.
 type disk interface {
 	// OpenFile opens a file as os.OpenFile does. Its name is durable after SyncDir, its content after its Sync.

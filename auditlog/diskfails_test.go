@@ -116,6 +116,9 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 	if err := checkKept(store.source(), promised); err != nil {
 		t.Errorf("%s, a %s: %v", what, failed, err)
 	}
+	if tp.open != 0 {
+		t.Errorf("%s, a %s: %d files are left open", what, failed, tp.open)
+	}
 	left, err := os.ReadDir(cfg.Spool)
 	if err != nil || len(left) != 1 {
 		t.Errorf("%s, a %s: left in %s: %v %v", what, failed, filepath.Base(cfg.Spool), left, err)

@@ -1,6 +1,7 @@
 package auditlog_test
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"os"
@@ -13,7 +14,8 @@ import (
 )
 
 // A disk that is full ends sessions and refuses new ones; when there is room again, they begin, and of the session that
-// was lost all is there that was promised.
+// was lost all is there that was promised. So it is when the gate is started anew while the disk is full, with a transparency log on
+// it, too.
 func TestDiskFull(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "disk")
 	must(t, os.Mkdir(dir, 0o700))
@@ -33,7 +35,7 @@ func TestDiskFull(t *testing.T) {
 	cfg := fastConfig(t.TempDir())
 	cfg.Spool = filepath.Join(dir, "spool")
 	cfg.SegmentBytes = 64 << 10
-	cfg.Codec = "none"
+	cfg.Codec, cfg.Tree = "none", filepath.Join(dir, "tree")
 	l := openGate(t, cfg, store)
 	r := l.New("s1")
 	login(t, r)
@@ -41,7 +43,7 @@ func TestDiskFull(t *testing.T) {
 	chunk := make([]byte, 8<<10)
 	rand.Read(chunk)
 	synced := 0 // chunks that were promised
-	for end := time.Now().Add(20 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		err := r.Record(1, &auditlog.Data{Stream: auditlog.Output, Data: chunk})
 		if err == nil {
 			err = r.Sync(t.Context())
@@ -74,6 +76,20 @@ func TestDiskFull(t *testing.T) {
 	}
 	must(t, refused.Close(&auditlog.End{Cause: "refused"}))
 
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	l.Close(gone) // its errors are of the full disk
+	ballast, err := os.Create(filepath.Join(dir, "ballast"))
+	must(t, err)
+	for err == nil {
+		_, err = ballast.Write(make([]byte, 4<<10))
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	must(t, ballast.Close())
+	l = openGate(t, cfg, store)
+	waitFor(t, func() bool { return l.Ready() != nil }) // once its first checkpoint could not be made
 	store.broken.Store(false)
 	waitFor(t, func() bool { return l.Ready() == nil })
 	after := l.New("s3")

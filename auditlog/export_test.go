@@ -23,3 +23,29 @@ func LastFooter(b []byte) (footer, last bool) {
 	f, err := decodeFooter(b[frameHeaderBytes:])
 	return err == nil, f.Last
 }
+
+// TakeOrder gives the queues that n tries of an uploader are of, one after the other, if each of the queues has something waiting.
+func TakeOrder(n int, away bool, queues ...string) (order []string) {
+	u := newUploader(nil)
+	defer u.cancel()
+	for _, id := range queues {
+		u.add(id, upload{name: id})
+	}
+	if away {
+		u.row = awayAfter
+	}
+	for range n {
+		q, _, _ := u.take()
+		order = append(order, q.id)
+		q.busy, u.probing = false, nil
+	}
+	return order
+}
+
+// LookAgain has the uploader look at the spool as if it had lost track of what is there.
+func (l *Log) LookAgain() {
+	l.uploads.mu.Lock()
+	defer l.uploads.mu.Unlock()
+	l.uploads.overflow = true
+	l.uploads.notify()
+}

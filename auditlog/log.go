@@ -58,7 +58,8 @@ type Log struct {
 	uploads  *uploader
 	tree     *tlog.Log // nil: none is configured
 	stopTree func()
-	queueing atomic.Bool // objects go to uploads; before and after, a look at the spool finds them
+	unsealed map[string]bool // logs that recover left unsealed, by ID; fixed before uploads start. Their last segment stays in the spool
+	queueing atomic.Bool     // objects go to uploads; before and after, a look at the spool finds them
 	flushers sync.WaitGroup
 	stop     chan struct{} // closed by Close: ends the folding
 	folding  sync.WaitGroup
@@ -105,8 +106,8 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
 	l := &Log{cfg: cfg, key: signer{Signer: key}, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
-		recipients: recipients,
-		stop:       make(chan struct{}), live: make(map[*Recorder]struct{})}
+		recipients: recipients, unsealed: make(map[string]bool),
+		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
 	l.index, l.indexClear = index{l: l}, index{l: l, clear: true}
 	l.uploads = newUploader(l)
 	if err := l.openTree(); err != nil {

@@ -21,11 +21,14 @@ import (
 // the objects of one queue.
 const objectSuffix = ".obj"
 
+// unfinishedSuffix is of an object's file that is being written.
+const unfinishedSuffix = objectSuffix + ".tmp"
+
 // maxObjectName bounds an object's name.
 const maxObjectName = 1024
 
 // busyObjects is how many objects of the transparency log may wait for the store before it stops to speak without leaves.
-const busyObjects = 64
+const busyObjects = 2
 
 // KeyPrefix is below which public keys are published, for convenience alone: who can write there could write another.
 const KeyPrefix = "keys/"
@@ -69,7 +72,10 @@ func (l *Log) openTree() error {
 		return err
 	}
 	l.key.tree = l.tree.Origin()
-	return l.publishKey()
+	if err := l.publishKey(); err != nil {
+		l.log.Warn("audit log: the next start tries again", "error", err) // a convenience: no reason not to start
+	}
+	return nil
 }
 
 // publishKey puts the public key into the store, once.
@@ -164,15 +170,17 @@ func (l *Log) putObjects(queue string, number uint32, objects []tlog.Object) err
 
 func (l *Log) putObject(file string, o tlog.Object) error {
 	path := filepath.Join(l.cfg.Spool, file)
+	unfinished := strings.TrimSuffix(path, objectSuffix) + unfinishedSuffix
 	if len(o.Name) > maxObjectName || strings.ContainsAny(o.Name, "\n") {
 		return fmt.Errorf("%.80q is no name", o.Name)
 	}
-	f, err := l.disk.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
+	f, err := l.disk.OpenFile(unfinished, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(append([]byte(o.Name+"\n"), o.Bytes...))
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		l.disk.Remove(unfinished) // what stays is removed by the next start
 		return err
 	}
 	_, err = os.Lstat(path)
@@ -181,7 +189,7 @@ func (l *Log) putObject(file string, o tlog.Object) error {
 	} else if err != nil {
 		return err
 	}
-	return l.disk.Rename(path+".tmp", path)
+	return l.disk.Rename(unfinished, path)
 }
 
 // object reads the name of an object in the spool.

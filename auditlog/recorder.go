@@ -736,7 +736,9 @@ func (r *Recorder) cutSegment() error {
 	}
 	next, err := l.newSegment(old.following(whole, now), r.open)
 	if err == nil {
-		err = next.sync(next.size)
+		if err = next.sync(next.size); err != nil {
+			next.f.Close() // the error that counts is here already
+		}
 	}
 	if err != nil {
 		l.spoolFailed(err)

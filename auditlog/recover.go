@@ -19,7 +19,7 @@ type spoolFile struct {
 	id     string
 	number uint32
 	suffix string // openSuffix, sealedSuffix or objectSuffix
-	size   int64
+	size   int64  // -1: the disk does not say
 }
 
 func (f spoolFile) path(dir string) string {
@@ -27,11 +27,14 @@ func (f spoolFile) path(dir string) string {
 }
 
 // upload reads the header for the name that the object gets.
-func (f spoolFile) upload(dir string) (upload, error) {
+func (f spoolFile) upload(d disk, dir string) (upload, error) {
+	if f.size < 0 {
+		return upload{}, fmt.Errorf("%s: can't be looked at", f.path(dir))
+	}
 	if f.suffix == objectSuffix {
 		return f.object(dir)
 	}
-	file, err := os.Open(f.path(dir))
+	file, err := d.OpenFile(f.path(dir), os.O_RDONLY, 0)
 	if err != nil {
 		return upload{}, err
 	}
@@ -43,8 +46,9 @@ func (f spoolFile) upload(dir string) (upload, error) {
 	return upload{number: f.number, name: s.Header().Name().String(), size: f.size}, nil
 }
 
-// readSpool lists a spool's segments by log and number. It removes what probes left.
-func readSpool(dir string) ([]spoolFile, error) {
+// readSpool lists a spool's segments by log and number. It removes what probes left, and at a start also what a crash left of objects
+// that were being written.
+func readSpool(dir string, start bool) ([]spoolFile, error) {
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -54,10 +58,8 @@ func readSpool(dir string) ([]spoolFile, error) {
 	for {
 		entries, err := d.ReadDir(1024)
 		for _, e := range entries {
-			if strings.HasSuffix(e.Name(), probeSuffix) {
-				if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
-					return nil, err
-				}
+			if strings.HasSuffix(e.Name(), probeSuffix) || start && strings.HasSuffix(e.Name(), unfinishedSuffix) {
+				os.Remove(filepath.Join(dir, e.Name())) // one that stays holds up nothing
 				continue
 			}
 			f, ok := parseSpoolName(e.Name())
@@ -68,10 +70,10 @@ func readSpool(dir string) ([]spoolFile, error) {
 			if errors.Is(err, os.ErrNotExist) {
 				continue // stored meanwhile
 			}
-			if err != nil {
-				return nil, err
+			f.size = -1 // one that can't be looked at shall not hide the others
+			if err == nil {
+				f.size = info.Size()
 			}
-			f.size = info.Size()
 			files = append(files, f)
 		}
 		if errors.Is(err, io.EOF) {
@@ -101,13 +103,15 @@ func parseSpoolName(name string) (spoolFile, bool) {
 	return spoolFile{id: parts[0], number: number, suffix: "." + parts[2]}, true
 }
 
-// recover seals what an earlier gate left unsealed and queues all that waits for the store.
+// recover seals what an earlier gate left unsealed and queues all that waits for the store. What can't be sealed, as a file can't be
+// read or the disk is full, stays for the next start: it shall not keep all others from the store, which alone makes room.
 func (l *Log) recover(ctx context.Context) error {
-	files, err := readSpool(l.cfg.Spool)
+	files, err := readSpool(l.cfg.Spool, true)
 	if err != nil {
 		return err
 	}
-	for _, f := range files {
+	all := files
+	for _, f := range all {
 		l.used.Add(f.size + fileOverhead)
 	}
 	for len(files) > 0 {
@@ -119,12 +123,16 @@ func (l *Log) recover(ctx context.Context) error {
 			n = len(files)
 		}
 		if err := l.recoverLog(files[:n]); err != nil {
-			return fmt.Errorf("recover log of %s: %w", files[0].id, err)
+			l.spoolFailed(fmt.Errorf("recover log of %s, which the next start tries again: %w", files[0].id, err))
+			l.unsealed[files[0].id] = true
 		}
 		files = files[n:]
 	}
 	if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
-		return err
+		l.spoolFailed(fmt.Errorf("recover logs, which the next start tries again: %w", err))
+		for _, f := range all {
+			l.unsealed[f.id] = true
+		}
 	}
 	// Queued only now that all names are durable.
 	l.uploads.overflow = true
@@ -142,7 +150,7 @@ func (l *Log) recoverLog(files []spoolFile) error {
 		if f.suffix == sealedSuffix && i < len(files)-1 {
 			continue
 		}
-		s, err := scanSegment(f.path(dir))
+		s, err := scanSegment(l.disk, f.path(dir))
 		if err != nil {
 			return err
 		}
@@ -194,8 +202,8 @@ type scan struct {
 	hash   Hash // of all bytes, if there is a footer
 }
 
-func scanSegment(path string) (scan, error) {
-	f, err := os.Open(path)
+func scanSegment(d disk, path string) (scan, error) {
+	f, err := d.OpenFile(path, os.O_RDONLY, 0)
 	if err != nil {
 		return scan{}, err
 	}
@@ -251,7 +259,7 @@ func (l *Log) sealOpen(file spoolFile, s scan) error {
 // sealAfter adds a last segment after a sealed one that is not the last.
 func (l *Log) sealAfter(before spoolFile) error {
 	before.suffix = sealedSuffix
-	s, err := scanSegment(before.path(l.cfg.Spool))
+	s, err := scanSegment(l.disk, before.path(l.cfg.Spool))
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package auditlog_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -86,7 +87,7 @@ func TestRecover(t *testing.T) {
 		"last footer, not renamed":     {last, map[string][]byte{spoolFile(last, ".part"): m[names[last]]}, auditlog.Sealed, recordsOf(last + 1)},
 		"last renamed":                 {last, map[string][]byte{spoolFile(last, ".seg"): m[names[last]]}, auditlog.Sealed, recordsOf(last + 1)},
 		"nothing stored, all in spool": {0, map[string][]byte{spoolFile(0, ".seg"): m[names[0]], spoolFile(1, ".seg"): m[names[1]], spoolFile(2, ".part"): footerLess(2)}, auditlog.Interrupted, recordsOf(3) + 1},
-		"probe left":                   {last + 1, map[string][]byte{"probe-1.probe": nil}, auditlog.Sealed, recordsOf(last + 1)},
+		"probe left":                   {last + 1, map[string][]byte{"probe-1.probe": nil, "tlog-x.00000003.obj.tmp": []byte("tlog/")}, auditlog.Sealed, recordsOf(last + 1)},
 	} {
 		stored := make(map[string][]byte)
 		for _, name := range names[:c.stored] {
@@ -132,7 +133,14 @@ func TestKeys(t *testing.T) {
 	if err != nil || len(pub) != 1 || !pub[0].Equal(key.Public()) {
 		t.Errorf("public half: %v %v", pub, err)
 	}
-	if _, err := auditlog.CreateKey(path); err == nil {
+	if files, err := os.ReadDir(filepath.Dir(path)); err != nil || len(files) != 2 {
+		t.Errorf("beside the key: %v %v", files, err)
+	}
+	info, err := os.Stat(path + ".pub")
+	if err != nil || info.Mode() != 0o644 {
+		t.Errorf("public half: %v %v", info, err)
+	}
+	if _, err := auditlog.CreateKey(path); !errors.Is(err, fs.ErrExist) {
 		t.Error("overwritten")
 	} else if again, err := auditlog.LoadKey(path); err != nil || !again.Equal(key) {
 		t.Errorf("after a refused creation: %v", err)

@@ -85,13 +85,18 @@ func CreateKey(path string) (ed25519.PrivateKey, error) {
 	return key, nil
 }
 
+// createFile makes a file whole or not at all, also if the power is cut; its directory is the caller's to sync.
 func createFile(path string, b []byte, mode os.FileMode) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp-")
 	if err != nil {
 		return err
 	}
+	defer os.Remove(f.Name())
 	_, err = f.Write(b)
-	return errors.Join(err, f.Sync(), f.Close())
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Link(f.Name(), path) // unlike a rename it does not replace
 }
 
 // FormatPublicKey is a public key as one line of a key file: "ed25519 BASE64".

@@ -24,6 +24,7 @@ type tape struct {
 	ops   []op
 	names map[string]int // of the files that are there
 	files int
+	open  int              // files that are
 	fault func(o op) error // asked before each operation that can fail; nil: none fails
 }
 
@@ -84,6 +85,9 @@ func (t *tape) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskF
 	} else if err := t.add(op{kind: "create", name: base, file: id}, open); err != nil {
 		return nil, err
 	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.open++
 	return &tapeFile{t: t, f: f, id: id}, nil
 }
 
@@ -107,7 +111,16 @@ type tapeFile struct {
 }
 
 func (f *tapeFile) Name() string { return f.f.Name() }
-func (f *tapeFile) Close() error { return f.f.Close() }
+
+func (f *tapeFile) Close() error {
+	err := f.f.Close()
+	f.t.mu.Lock()
+	defer f.t.mu.Unlock()
+	if !errors.Is(err, fs.ErrClosed) {
+		f.t.open--
+	}
+	return err
+}
 
 func (f *tapeFile) Read(p []byte) (int, error) {
 	n, err := f.f.Read(p)

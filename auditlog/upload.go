@@ -9,8 +9,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 const (
@@ -44,6 +48,12 @@ type uploadQueue struct {
 	busy     bool
 }
 
+// lateUpload is a segment of the log id that came while a look at the spool was under way.
+type lateUpload struct {
+	id string
+	upload
+}
+
 // uploader brings sealed segments from the spool to the store.
 type uploader struct {
 	l      *Log
@@ -55,8 +65,12 @@ type uploader struct {
 	mu       sync.Mutex // guards all below
 	queues   map[string]*uploadQueue
 	order    []*uploadQueue // those in queues, the next first
+	trees    []*uploadQueue // those of transparency logs among them
 	waiting  int
-	overflow bool // the spool holds segments that are not in queues
+	overflow bool              // the spool holds segments that are not in queues
+	scanning bool              // a look at the spool is under way, and overflow is set
+	late     []lateUpload      // that were added meanwhile
+	lateFrom map[string]uint32 // the first number of each log of those
 	closing  bool
 	err      error // of the last look at the spool, nil if it went well
 	stored   uint64
@@ -83,6 +97,18 @@ func (u *uploader) start() {
 func (u *uploader) add(id string, s upload) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	if u.scanning { // the look may miss it, and see those after it
+		if _, ok := u.lateFrom[id]; !ok {
+			if u.lateFrom == nil {
+				u.lateFrom = make(map[string]uint32)
+			}
+			u.lateFrom[id] = s.number
+		}
+		if len(u.late) <= maxWaiting { // one more says that there is no room
+			u.late = append(u.late, lateUpload{id, s})
+		}
+		return
+	}
 	if u.overflow || u.waiting >= maxWaiting {
 		u.overflow = true
 		return
@@ -97,6 +123,9 @@ func (u *uploader) addLocked(id string, s upload) {
 		q = &uploadQueue{id: id}
 		u.queues[id] = q
 		u.order = append(u.order, q)
+		if strings.HasPrefix(id, tlog.QueuePrefix) {
+			u.trees = append(u.trees, q)
+		}
 	}
 	if n := len(q.segments); n > 0 && s.number <= q.segments[n-1].number {
 		return // a rescan was first
@@ -148,6 +177,13 @@ func (u *uploader) take() (q *uploadQueue, wait time.Duration, finished bool) {
 	away := u.row >= awayAfter
 	if d := u.probe.Sub(now); away && (u.probing != nil || d > 0) {
 		return nil, max(d, backoffFirst), u.finished()
+	}
+	// Checkpoints before all else: what came to the store is proven by them. One at a time, so they hold up nothing.
+	for _, q := range u.trees {
+		if !away && !q.busy && !q.after.After(now) {
+			q.busy = true
+			return q, 0, false
+		}
 	}
 	for i, q := range u.order {
 		if q.busy {
@@ -297,6 +333,7 @@ func (u *uploader) result(q *uploadQueue, s upload, err error) {
 		q.segments = q.segments[1:]
 		if len(q.segments) == 0 {
 			delete(u.queues, q.id)
+			u.trees = slices.DeleteFunc(u.trees, func(other *uploadQueue) bool { return other == q })
 			for i := len(u.order) - 1; i >= 0; i-- {
 				if u.order[i] == q {
 					u.order = append(u.order[:i], u.order[i+1:]...)
@@ -308,42 +345,91 @@ func (u *uploader) result(q *uploadQueue, s upload, err error) {
 	u.notify()
 }
 
-// rescan looks at the spool again once there is room for the segments that found none.
+// rescan looks at the spool again once there is room for the segments that found none. One worker does so at a time, without the
+// lock: a spool may hold very many files, and sessions go on meanwhile.
 func (u *uploader) rescan() {
 	u.mu.Lock()
+	if !u.overflow || u.scanning || u.waiting > maxWaiting/2 {
+		u.mu.Unlock()
+		return
+	}
+	u.scanning = true
+	u.mu.Unlock()
+
+	files, err := readSpool(u.l.cfg.Spool, false)
+	all := err == nil
+	for i := 0; all && i < len(files); i++ {
+		all = u.found(files[i:])
+	}
+
+	u.mu.Lock()
 	defer u.mu.Unlock()
-	if !u.overflow || u.waiting > maxWaiting/2 {
-		return
-	}
-	files, err := readSpool(u.l.cfg.Spool)
-	if err != nil {
-		u.err = err
+	defer func() { u.scanning, u.late, u.lateFrom = false, nil, nil }()
+	if u.err = err; err != nil {
 		u.l.log.Error("audit log: spool", "error", err)
-		return
+		return // tried again in a while, or with what comes next
 	}
-	u.overflow, u.err = false, nil
-	for i, f := range files {
-		if f.suffix == openSuffix {
-			continue
+	if all && u.waiting+len(u.late) <= maxWaiting {
+		u.overflow = false
+		for _, s := range u.late {
+			u.addLocked(s.id, s.upload)
 		}
-		if q := u.queues[f.id]; q != nil && f.number <= q.segments[len(q.segments)-1].number {
-			continue
-		}
-		if u.waiting >= maxWaiting {
-			u.overflow = true
-			return
-		}
-		s, err := f.upload(u.l.cfg.Spool)
-		if err != nil {
-			u.l.log.Error("audit log: spool", "error", err)
-			continue
-		}
-		s.last = i == len(files)-1 || files[i+1].id != f.id // as far as can be seen
-		u.addLocked(f.id, s)
-	}
+	} // else another look finds them
 	for range uploadWorkers {
 		u.notify()
 	}
+}
+
+// found queues the first of files if it is a sealed segment or an object that is in no queue. It says whether there was room.
+func (u *uploader) found(files []spoolFile) (room bool) {
+	f := files[0]
+	if f.suffix == openSuffix || u.l.unsealed[f.id] && f.suffix == sealedSuffix && lastSealed(files) {
+		return true
+	}
+	u.mu.Lock()
+	known := u.known(f)
+	room = u.waiting < maxWaiting
+	u.mu.Unlock()
+	if known || !room {
+		return room
+	}
+	s, err := f.upload(u.l.disk, u.l.cfg.Spool)
+	if errors.Is(err, os.ErrNotExist) {
+		return true // stored meanwhile
+	}
+	if err != nil {
+		u.l.log.Error("audit log: spool", "error", err)
+		return true
+	}
+	s.last = len(files) == 1 || files[1].id != f.id // as far as can be seen
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.addLocked(f.id, s)
+	u.notify()
+	return true
+}
+
+// known says whether a file is queued, or will be from those that came late: it goes after those before it. The lock is held.
+func (u *uploader) known(f spoolFile) bool {
+	if from, ok := u.lateFrom[f.id]; ok && f.number >= from {
+		return true
+	}
+	q := u.queues[f.id]
+	return q != nil && f.number <= q.segments[len(q.segments)-1].number
+}
+
+// lastSealed says whether no sealed segment of the same log follows the first of files. It is what a restart finds a log by whose
+// next segment could not be made.
+func lastSealed(files []spoolFile) bool {
+	for _, f := range files[1:] {
+		if f.id != files[0].id {
+			return true
+		}
+		if f.suffix == sealedSuffix {
+			return false
+		}
+	}
+	return true
 }
 
 // close lets the workers finish what is there until ctx is done.

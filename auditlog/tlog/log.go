@@ -47,14 +47,14 @@ type Log struct {
 	mu      sync.Mutex // guards all below
 	entries [][]byte   // that wait, from index base on
 	base    int64
-	wait    *os.File // waitFile
+	wait    *os.File // waitFile; nil: it could not be written since Open
 	broken  error    // of a write to it: what follows would be no line
 	failed  error    // of the last try to make a checkpoint
 	closed  bool
 }
 
 // Open goes on with the log whose state is in cfg.Dir, or begins one, where there is none or it is damaged: the old log has
-// ended then.
+// ended then. A log that is there is opened also while the disk is full; Err says so, and Add fails, until a checkpoint can be made.
 func Open(cfg Config) (*Log, error) {
 	l := &Log{cfg: cfg, wake: make(chan struct{}, 1)}
 	if err := l.open(); err != nil {
@@ -86,47 +86,68 @@ func (l *Log) open() error {
 		l.cfg.Slog.Warn("transparency log: the gate has another name, and a new log begins", "was", l.state.Gate)
 		l.state = nil
 	}
-	if l.state == nil {
+	begun := l.state == nil
+	if begun {
 		// The name sorts by time, and nobody else can have taken it.
 		id := time.Now().UTC().Format("20060102T150405Z") + "-" + rand.Text()[:10]
 		l.state = &state{Gate: l.cfg.Gate, Log: id, Tree: &Tree{}}
-		b, err := encodeState(l.state)
-		if err == nil {
-			err = writeFile(dir, stateFile, b)
-		}
-		if err != nil {
-			return err
-		}
-		l.cfg.Slog.Info("transparency log: begun", "origin", Origin(l.cfg.Gate, id))
 		// Leaves that waited go into the new log, even if they are in the old one too.
 		if l.entries, err = readWaiting(dir, nil); err != nil {
 			return err
 		}
 	}
 	l.name, l.base = l.state.Log, l.state.Tree.Size
-	return l.rewriteWaiting()
+	if begun {
+		// Leaves before the state: a crash between the two finds no state of the gate's, and takes all that wait.
+		if err := l.rewriteWaiting(); err != nil {
+			return err
+		}
+		b, err := encodeState(l.state)
+		if err == nil {
+			err = writeFile(dir, stateFile, b)
+		}
+		if err != nil {
+			l.wait.Close() // the error that counts is here already
+			return err
+		}
+		l.cfg.Slog.Info("transparency log: begun", "origin", Origin(l.cfg.Gate, l.name))
+		return nil
+	}
+	if err := l.rewriteWaiting(); err != nil {
+		// A disk that is full now: the leaves are in the old file, and the next checkpoint writes it anew.
+		l.cfg.Slog.Error("transparency log: takes no leaves until a checkpoint can be made", "error", err)
+		l.broken, l.failed = err, err
+	}
+	return nil
 }
 
 // load reads the state and finishes what a crash broke off. Without one, state stays nil.
 func (l *Log) load() error {
 	dir := l.cfg.Dir
 	next, err := readState(dir, nextFile)
+	var unfinished error
 	switch {
 	case err == nil:
 		if next.Gate == l.cfg.Gate {
-			if err := l.finish(next); err != nil {
-				return err
-			}
+			unfinished = l.finish(next)
 		}
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
 	s, err := readState(dir, stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return unfinished
 	}
 	if err != nil {
 		return err
+	}
+	if unfinished != nil {
+		if next.Log != s.Log || next.Number != s.Number+1 {
+			return unfinished
+		}
+		// A disk that is full now: the next try to make a checkpoint goes on with this one.
+		l.cfg.Slog.Error("transparency log: a checkpoint can't be handed on yet", "error", unfinished)
+		l.next = next
 	}
 	if l.entries, err = readWaiting(dir, s); err != nil {
 		return err
@@ -143,7 +164,7 @@ func (l *Log) finish(next *state) error {
 	return rename(l.cfg.Dir, nextFile, stateFile)
 }
 
-func (l *Log) queue(s *state) string { return "tlog-" + s.Log }
+func (l *Log) queue(s *state) string { return QueuePrefix + s.Log }
 
 // Origin names the log.
 func (l *Log) Origin() string { return Origin(l.cfg.Gate, l.name) }
@@ -305,7 +326,7 @@ func (l *Log) cut() (more bool, err error) {
 	if err := l.finish(next); err != nil {
 		return false, err
 	}
-	taken := int(next.Tree.Size - l.state.Tree.Size)
+	leaves := int(next.Tree.Size - l.state.Tree.Size)
 	next.Objects = nil
 	l.state, l.next = next, nil
 
@@ -313,15 +334,16 @@ func (l *Log) cut() (more bool, err error) {
 	defer l.syncing.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	taken := min(leaves, len(l.entries)) // a power cut may have taken some, of a checkpoint that was made before
 	l.entries = append([][]byte(nil), l.entries[taken:]...)
 	l.base = next.Tree.Size
-	if taken > 0 || l.broken != nil {
+	if leaves > 0 || l.broken != nil {
 		if err := l.rewriteWaiting(); err != nil {
 			l.broken = err
 			return false, err
 		}
 	}
-	return taken == MaxCheckpointEntries && len(l.entries) > 0, nil
+	return leaves == MaxCheckpointEntries && len(l.entries) > 0, nil
 }
 
 // make gives the state after a checkpoint with these leaves, and its objects: the checkpoint and the tiles that are full now.
@@ -369,5 +391,8 @@ func (l *Log) Close() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return errors.Join(err, l.wait.Close())
+	if l.wait != nil {
+		err = errors.Join(err, l.wait.Close())
+	}
+	return err
 }

@@ -9,6 +9,9 @@ import (
 // Prefix is before the names of all objects of transparency logs.
 const Prefix = "tlog/"
 
+// QueuePrefix is before a log's name in the name of its queue (Config.Put).
+const QueuePrefix = "tlog-"
+
 // originPrefix is before the gate's name in a log's origin, so that it is unlike any other log's.
 const originPrefix = "sallyport/"
 

@@ -231,7 +231,7 @@ func instanceName(cfg config.Config) (string, error) {
 	b, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		b = []byte(strings.ToLower(rand.Text()[:instanceID]) + "\n")
-		err = os.WriteFile(file, b, 0o600)
+		err = writeFile(file, b)
 	}
 	if err != nil {
 		return "", fmt.Errorf("state: %w", err)
@@ -241,6 +241,26 @@ func instanceName(cfg config.Config) (string, error) {
 		return "", fmt.Errorf("state: %s is damaged: remove it, and this gate's sandboxes (label sallyport.server)", file)
 	}
 	return cfg.Gate + "-" + id, nil
+}
+
+// writeFile makes a file (0600) whole or not at all, also if the power is cut: one left empty would hold up the next start.
+func writeFile(name string, b []byte) error {
+	f, err := os.OpenFile(name+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), name); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // gateOf is the gate's name in an instance's.

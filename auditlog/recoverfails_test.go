@@ -1,0 +1,118 @@
+package auditlog_test
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+// unreadableDisk has a file whose reads fail.
+type unreadableDisk struct {
+	auditlog.OSDisk
+	name string // of the file; "": all can be read
+}
+
+func (d unreadableDisk) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskFile, error) {
+	f, err := d.OSDisk.OpenFile(name, flag, perm)
+	if err == nil && filepath.Base(name) == d.name {
+		f = unreadableFile{f}
+	}
+	return f, err
+}
+
+type unreadableFile struct{ auditlog.DiskFile }
+
+func (f unreadableFile) Read([]byte) (int, error) { return 0, syscall.EIO }
+
+// interruptedSpool is what a killed gate left: the log broken has two sealed segments, or three files with the one that was open,
+// the log next one that was open.
+func interruptedSpool(t *testing.T, open bool) map[string][]byte {
+	t.Helper()
+	m, names := one(t, "none")
+	file := func(id string, i int, suffix string) string { return fmt.Sprintf("%s.%08d%s", id, i, suffix) }
+	spool := map[string][]byte{file("sample-2-none", 0, ".seg"): m[names[0]], file("sample-2-none", 1, ".seg"): m[names[1]]}
+	if open {
+		spool[file("sample-2-none", 2, ".part")] = headerOf(m[names[2]])
+	}
+	m, names = one(t, "zstd")
+	spool[file("sample-0-zstd", 0, ".part")] = headerOf(m[names[0]])
+	return spool
+}
+
+// A file that can't be read, or a disk on which nothing can be written, keeps no gate from its start and no other log from the
+// store. What could not be sealed is found by a later start, though all before it has gone to the store.
+func TestRecoverFails(t *testing.T) {
+	for _, open := range []bool{false, true} {
+		for _, full := range []bool{false, true} {
+			t.Run(fmt.Sprintf("open %v full %v", open, full), func(t *testing.T) {
+				store := &shelf{objects: make(map[string][]byte)}
+				cfg := endConfig(t.TempDir())
+				spool := interruptedSpool(t, open)
+				writeSpool(t, cfg.Spool, spool)
+				var disk auditlog.Disk
+				var mended atomic.Bool
+				if full {
+					tp := tapeOf(spool)
+					tp.fault = func(o op) error {
+						if !mended.Load() && (o.kind == "write" || o.kind == "create") {
+							return syscall.ENOSPC
+						}
+						return nil
+					}
+					disk = tp
+				} else if disk = (unreadableDisk{name: "sample-2-none.00000001.seg"}); open {
+					disk = unreadableDisk{name: "sample-2-none.00000002.part"}
+				}
+				l, err := auditlog.OpenOn(t.Context(), disk, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+				must(t, err)
+				if full {
+					if err := l.Ready(); !errors.Is(err, syscall.ENOSPC) {
+						t.Errorf("ready: %v", err)
+					}
+					if err := l.New("refused").Begin(); !errors.Is(err, syscall.ENOSPC) {
+						t.Errorf("begin: %v", err)
+					}
+				}
+				waitFor(t, func() bool {
+					_, err := os.Stat(filepath.Join(cfg.Spool, "sample-2-none.00000000.seg"))
+					return err != nil
+				})
+				if _, err := os.Stat(filepath.Join(cfg.Spool, "sample-2-none.00000001.seg")); err != nil {
+					t.Errorf("nothing is left by which the log is found: %v", err)
+				}
+				mended.Store(true)
+				must(t, l.Ready())
+				endSessions(t, l, "after", 1)
+				closeLog(t, l)
+				if s := l.Stats(); s.Stored < 2 || full != (s.Stored == 2) { // else the log next, too
+					t.Errorf("%+v", s)
+				}
+				l, err = auditlog.OpenOn(t.Context(), unreadableDisk{}, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+				must(t, err)
+				closeLog(t, l)
+				states := map[string]auditlog.State{}
+				src := store.source()
+				for _, s := range logs(t, src, auditlog.SessionPrefix) {
+					_, rep := readAll(t, src, s)
+					states[rep.ID] = rep.State
+				}
+				if len(states) != 3 || states["sample-2-none"] != auditlog.Interrupted || states["sample-0-zstd"] != auditlog.Interrupted ||
+					states["after-0"] != auditlog.Sealed {
+					t.Errorf("%v", states)
+				}
+				left, err := os.ReadDir(cfg.Spool)
+				if err != nil || len(left) != 1 {
+					t.Errorf("left in the spool: %v %v", left, err)
+				}
+			})
+		}
+	}
+}
