@@ -277,11 +277,7 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 	var last error
 	unauthorized := 0 // once in a row is a token that has just been renewed
 	for {
-		client, err := s.try(ctx, overSPDY, key, hello)
-		early := err != nil && notYet(err)
-		if err != nil && !early && ctx.Err() == nil {
-			client, err = s.try(ctx, overWebSocket, key, hello)
-		}
+		client, early, err := attempt(ctx, func(over protocol) (*agent.Client, error) { return s.try(ctx, over, key, hello) })
 		if err == nil {
 			s.client = client
 			return nil
@@ -303,6 +299,8 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 			wait = max(wait, webSocketPause)
 		}
 		switch status := answered(err); {
+		case mayNot(err, "create"):
+			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
 		case status == nil:
 		case apierrors.IsUnauthorized(status) && unauthorized == 0:
 			unauthorized++

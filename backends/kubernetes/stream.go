@@ -18,6 +18,8 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/klog/v2"
 	"k8s.io/streaming/pkg/httpstream"
+
+	"github.com/sallyport/sallyport/agent"
 )
 
 // protocol is what a stream is upgraded to.
@@ -34,6 +36,27 @@ const (
 
 // webSocketPause is the least time between two attempts over WebSocket.
 const webSocketPause = time.Second
+
+// attempt tries to reach an agent, over SPDY and, if need be, over WebSocket. It says whether that came before the container did.
+func attempt(ctx context.Context, try func(over protocol) (*agent.Client, error)) (client *agent.Client, early bool, err error) {
+	client, err = try(overSPDY)
+	if err == nil || ctx.Err() != nil {
+		return client, false, err
+	}
+	if notYet(err) {
+		return nil, true, err
+	}
+	client, other := try(overWebSocket)
+	if other != nil && mayNot(other, "get") {
+		return nil, false, err // the gate's role is for SPDY alone
+	}
+	return client, false, other
+}
+
+// mayNot says that the gate lacks a right: "create" is SPDY's, and WebSocket's too from Kubernetes 1.35 on, beside "get".
+func mayNot(err error, verb string) bool {
+	return strings.Contains(err.Error(), "cannot "+verb+` resource "pods/exec"`)
+}
 
 // notYet says that an attempt over SPDY came before the container did.
 func notYet(err error) bool {

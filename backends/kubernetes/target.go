@@ -527,11 +527,7 @@ func (g *guest) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.H
 	began := time.Now()
 	looked := began
 	for {
-		client, err := g.try(ctx, overSPDY, key, hello)
-		early := err != nil && notYet(err)
-		if err != nil && !early && ctx.Err() == nil {
-			client, err = g.try(ctx, overWebSocket, key, hello)
-		}
+		client, early, err := attempt(ctx, func(over protocol) (*agent.Client, error) { return g.try(ctx, over, key, hello) })
 		if err == nil {
 			g.client = client
 			return nil
@@ -543,7 +539,7 @@ func (g *guest) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.H
 		if !early {
 			wait = max(wait, webSocketPause)
 		}
-		if status := answered(err); status != nil && apierrors.IsForbidden(status) {
+		if status := answered(err); mayNot(err, "create") || status != nil && apierrors.IsForbidden(status) {
 			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
 		}
 		if time.Since(looked) > lookEveryGuest {
@@ -823,7 +819,7 @@ func (g *guest) remove(ctx context.Context) error {
 func (g *guest) kill(ctx context.Context) error {
 	ctx, stop := context.WithTimeout(ctx, answerWait)
 	defer stop()
-	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, overWebSocket, insideAgent, "end")
+	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, overSPDY, insideAgent, "end")
 	if err != nil {
 		return err
 	}
