@@ -97,10 +97,15 @@ func TestStoreAwayTriedByOne(t *testing.T) {
 	waitFor(t, func() bool { now, _, _ := store.get(); return now == 16 })
 	close(store.hold)
 	waitFor(t, func() bool { return l.Stats().Failed >= 16 }) // all that were under way: from here on, one at a time
-	store.mu.Lock()
-	store.most = 0
-	before := store.calls
-	store.mu.Unlock()
+	before := 0
+	waitFor(t, func() bool { // the last of those is through
+		store.mu.Lock()
+		defer store.mu.Unlock()
+		if store.now == 0 {
+			store.most, before = 0, store.calls
+		}
+		return store.now == 0
+	})
 	waitFor(t, func() bool { _, _, calls := store.get(); return calls >= before+3 })
 	if _, most, _ := store.get(); most != 1 {
 		t.Errorf("%d tries at once of a store that is away", most)
@@ -383,5 +388,16 @@ func TestLookHoldsUpNothing(t *testing.T) {
 	left, err := os.ReadDir(cfg.Spool)
 	if err != nil || len(left) != 1 {
 		t.Errorf("left in the spool: %v %v", left, err)
+	}
+}
+
+// A close whose time is over is no error when all is on the disk.
+func TestCloseLate(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 20 {
+		l := openGate(t, endConfig(t.TempDir()), &shelf{objects: make(map[string][]byte)})
+		endSessions(t, l, "s", 1)
+		must(t, l.Close(ctx))
 	}
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 const writerEnv = "AUDITLOG_TEST_KILLED_WRITER"
@@ -26,7 +27,8 @@ const killedSessions = 3
 
 func killedConfig(dir string) auditlog.Config {
 	return auditlog.Config{Spool: filepath.Join(dir, "spool"), SegmentBytes: 32 << 10, SegmentAge: 20 * time.Millisecond,
-		SyncInterval: 2 * time.Millisecond, SyncBytes: 128 << 10}
+		SyncInterval: 2 * time.Millisecond, SyncBytes: 128 << 10, Tree: filepath.Join(dir, "tree"), CheckpointInterval: 100 * time.Millisecond,
+		Index: true}
 }
 
 // killedWriter is the process that is killed: it writes numbered data and says on stdout what is durable.
@@ -76,8 +78,8 @@ func killedWriter(dir string) {
 	wg.Wait()
 }
 
-// What was said to be durable is in the store after the writer was killed and a new gate began, every log is whole, and
-// those that were cut are sealed as interrupted.
+// What was said to be durable is in the store after the writer was killed and a new gate began, every log is whole, those that were
+// cut are sealed as interrupted, and each, the index too, is a leaf of the one transparency log.
 func TestKilled(t *testing.T) {
 	rounds := 12
 	if soaking() {
@@ -129,7 +131,8 @@ func killOnce(t *testing.T, after time.Duration) (interrupted int) {
 	closeLog(t, l)
 	src := source(t, filepath.Join(dir, "store"))
 	found := make(map[string]bool)
-	for _, s := range logs(t, src, "") {
+	checkLeaves(t, filepath.Join(dir, "store"), src)
+	for _, s := range logs(t, src, auditlog.SessionPrefix) {
 		recs, rep := readAll(t, src, s)
 		found[rep.ID] = true
 		n := 0
@@ -163,4 +166,44 @@ func killOnce(t *testing.T, after time.Duration) (interrupted int) {
 		t.Errorf("left in the spool: %v %v", left, err)
 	}
 	return interrupted
+}
+
+// checkLeaves replays the transparency log that is in a store's directory, of which there must be one, and looks for the leaf of each
+// log there.
+func checkLeaves(t *testing.T, dir string, src auditlog.Source) {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "tlog/*/*/checkpoint/*"))
+	must(t, err)
+	var tree tlog.Tree
+	leaves := make(map[auditlog.Leaf]bool)
+	origin := ""
+	for i, name := range names { // in order, as their numbers have eight digits
+		b, err := os.ReadFile(name)
+		must(t, err)
+		c, err := tlog.ParseCheckpoint(b)
+		must(t, err)
+		if i == 0 {
+			origin = tlog.Origin(c.Gate, c.Log)
+		}
+		if tlog.Origin(c.Gate, c.Log) != origin || c.Number != uint32(i) || c.Old != tree.Size {
+			t.Fatalf("%s: number %d from %d, want %d from %d of %s", name, c.Number, c.Old, i, tree.Size, origin)
+		}
+		for _, e := range c.Entries {
+			tree.Append("", e)
+			l, err := auditlog.ParseLeaf(e)
+			must(t, err)
+			leaves[l] = true
+		}
+		if tree.Root() != c.Root {
+			t.Fatalf("%s: wrong root", name)
+		}
+	}
+	for _, s := range logs(t, src, "") {
+		r := auditlog.NewSessionReader(src, s, testPublic())
+		r.Verify(t.Context())
+		if leaf, of, ok := r.Leaf(); !ok || of != origin || !leaves[leaf] {
+			t.Errorf("%s: sealed %v for %q, with its leaf %v of %d in %q: %v", s.Name.Dir(), ok, of, leaves[leaf], len(leaves), origin,
+				r.Report().Problems)
+		}
+	}
 }

@@ -73,6 +73,7 @@ func killedGate(plan string) error {
 	defer stop()
 	cfg := killedConfig(p.Dir)
 	cfg.SyncBytes, cfg.Sync = gateSyncBytes, p.Sync
+	cfg.Tree, cfg.Index = "", false // its points are counted by the sessions' segments; TestKilled has both
 	l, err := auditlog.OpenOn(ctx, killDisk{auditlog.OSDisk{}, k}, cfg, testKey, killStore{store, k}, "gate-1", log)
 	if err != nil {
 		return err

@@ -20,6 +20,9 @@ import (
 	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
+// flushGrace is how long Close waits for the flushers when its time is over already.
+const flushGrace = 5 * time.Second
+
 // Store takes sealed segments. It is write-only by shape.
 type Store interface {
 	// Put stores size bytes of r as the object name, durably, before it returns nil. Putting the same bytes under the same
@@ -296,7 +299,11 @@ func (l *Log) Close(ctx context.Context) error {
 	select {
 	case <-flushed:
 	case <-ctx.Done(): // a disk that hangs shall not keep the gate from ending
-		errs = append(errs, context.Cause(ctx))
+		select {
+		case <-flushed:
+		case <-time.After(flushGrace): // they need no time, but a processor
+			errs = append(errs, context.Cause(ctx))
+		}
 	}
 	l.stopTree()
 	l.uploads.close(ctx)

@@ -53,7 +53,7 @@ func prunedStore(t *testing.T, now time.Time) (store *file.Store, dir string) {
 	if err := errors.Join(refused.Record(0, &auditlog.Connect{Source: "192.0.2.8:1"}), refused.Close(&auditlog.End{Cause: "refused"})); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := l.Close(ctx); err != nil {
 		t.Fatal(err)
