@@ -232,6 +232,9 @@ func (t *tool) files(ctx context.Context, id string, s *selection, out io.Writer
 	return context.Cause(ctx)
 }
 
+// maxShown is how much of a session's user and ticket is repeated with each of its files, in characters: a gate writes no more.
+const maxShown = 1024
+
 func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, pattern string, w *table, out io.Writer) error {
 	s := summary{}
 	for rec := range r.Records(ctx) {
@@ -242,7 +245,7 @@ func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, patt
 		}
 		id := r.Report().ID
 		if w == nil {
-			if err := printJSON(out, listedFile{Session: id, User: s.User, Ticket: s.Ticket, Channel: rec.Channel, Time: rec.Time,
+			if err := printJSON(out, listedFile{Session: id, User: short(s.User, maxShown), Ticket: short(s.Ticket, maxShown), Channel: rec.Channel, Time: rec.Time,
 				What: transferWord(b), Result: transferResult(b), File: newTransfer(b)}); err != nil {
 				return err
 			}

@@ -135,7 +135,7 @@ func TestMemory(t *testing.T) {
 		}
 		return all
 	}
-	big := 256 << 20
+	big := 96 << 20
 	if soak {
 		big = 10 << 30
 	}
