@@ -44,6 +44,8 @@ type Options struct {
 	From, To string
 	// Since are checkpoints that an auditor has kept: the store's logs must go on from them.
 	Since []*tlog.Checkpoint
+	// Beat is how old the newest checkpoint of a transparency log may be that goes on. Default a minute.
+	Beat time.Duration
 	// Parallel is how many logs or objects are read at once. Default: the processors, at least 4.
 	Parallel int
 	// Log is called for each log, Tree for each transparency log, Problem for what is wrong elsewhere, one call at a time.
@@ -66,11 +68,24 @@ type Tree struct {
 	First       time.Time          `json:"first"`
 	Newest      time.Time          `json:"newest"` // time of the newest checkpoint, by the gate's clock
 	Ended       bool               `json:"ended"`  // a newer log of the same gate is there, and goes on where this one ended
+	End         End                `json:"end"`
+	Age         time.Duration      `json:"-"` // of the newest checkpoint when its log was looked for; negative: it is of the future
 	Keys        []string           `json:"keys"`
 	Note        []byte             `json:"note,omitempty"` // the newest checkpoint, to keep elsewhere
 	Problems    []auditlog.Problem `json:"problems,omitempty"`
 	More        int                `json:"more_problems,omitempty"`
 }
+
+// End says whether the end of a transparency log may be missing.
+type End string
+
+// A log whose newest checkpoints were taken away is Open, unless what is left ends with one that the gate had closed it with before.
+const (
+	GoesOn End = "goes-on" // the newest checkpoint is not older than the beat
+	Closed End = "closed"  // the newest checkpoint says that the gate stopped, and that all of its logs were in the store
+	Kept   End = "kept"    // the newest checkpoint is one that the auditor has kept
+	Open   End = "open"    // none of these: the gate was killed, or the newest checkpoints were taken away
+)
 
 // Summary is what was found in all.
 type Summary struct {
@@ -81,6 +96,7 @@ type Summary struct {
 	Late    int                    `json:"late"`    // leaves that came more than an hour after the end of their log
 	Missing int                    `json:"missing"` // logs that a leaf names and the store does not have
 	Trees   []Tree                 `json:"-"`
+	Open    int                    `json:"open"`    // transparency logs whose End is Open
 	Foreign int                    `json:"foreign"` // objects that are not a gate's
 	// Problems are all that are not a log's own; those of trees and missing logs are among them.
 	Problems int       `json:"problems"`
@@ -88,6 +104,8 @@ type Summary struct {
 	Newest   time.Time `json:"newest"` // of all checkpoints
 	Objects  int       `json:"objects"`
 	Bytes    int64     `json:"bytes"`
+
+	Age time.Duration `json:"-"` // of the newest checkpoint, as in Tree
 }
 
 // Total is the number of logs.
@@ -140,6 +158,9 @@ func New(src auditlog.Source, o Options) *Run {
 	}
 	if o.Now == nil {
 		o.Now = time.Now
+	}
+	if o.Beat <= 0 {
+		o.Beat = time.Minute
 	}
 	if o.Log == nil {
 		o.Log = func(auditlog.Report) error { return nil }

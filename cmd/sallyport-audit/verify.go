@@ -24,9 +24,6 @@ const (
 	exitStale    = 4
 )
 
-// maxAhead is how far the gate's clock may be ahead of ours, for --live.
-const maxAhead = time.Minute
-
 // codeError is one that has an exit code of its own.
 type codeError struct {
 	code int
@@ -39,7 +36,7 @@ func (e *codeError) Error() string { return e.text }
 type verifyOptions struct {
 	day, from, to string
 	since         []string
-	live          bool
+	live, closed  bool
 	beat          time.Duration
 	gates         []string
 	sealed, quiet bool
@@ -83,7 +80,8 @@ cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log h
 	f.StringVar(&o.to, "to", "", "only logs that began on this day or before")
 	f.StringArrayVar(&o.since, "since", nil, "file of checkpoints that were kept: the store must go on from them")
 	f.BoolVar(&o.live, "live", false, "fail if the newest checkpoint is older than the beat: the gate is down, or objects were taken away")
-	f.DurationVar(&o.beat, "beat", time.Minute, "with --live: how old it may be")
+	f.BoolVar(&o.closed, "closed", false, "fail if a transparency log neither goes on (--beat), nor was closed by its gate, nor ends where a kept checkpoint does; --live does so too")
+	f.DurationVar(&o.beat, "beat", time.Minute, "how old the newest checkpoint of a log that goes on may be")
 	f.StringSliceVar(&o.gates, "gate", nil, "with --live: gates that must each have so new a checkpoint (default: any one)")
 	f.BoolVar(&o.sealed, "sealed", false, "fail if a log has no end yet, or is in no checkpoint yet")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print what is wrong, and the sum")
@@ -96,7 +94,7 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	if info, err := os.Stat(arg); strings.HasPrefix(arg, bucketScheme) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
 		dir, arg = arg, ""
 	}
-	options := verify.Options{Parallel: o.parallel}
+	options := verify.Options{Parallel: o.parallel, Beat: o.beat}
 	var err error
 	if options.From, options.To, err = o.days(); err != nil {
 		return err
@@ -139,7 +137,7 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	}
 	options.Tree = func(tr verify.Tree) error {
 		p.end()
-		if o.quiet && len(tr.Problems) == 0 {
+		if o.quiet && len(tr.Problems) == 0 && (tr.End != verify.Open || !o.live && !o.closed) {
 			return nil
 		}
 		return t.printTree(out, tr)
@@ -178,18 +176,40 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 			return err
 		}
 	}
+	if (o.live || o.closed) && sum.Open > 0 {
+		return &codeError{exitStale, openText(sum)}
+	}
 	if o.sealed && sum.Unsealed() {
 		return &codeError{exitUnsealed, fmt.Sprintf("%d logs have no end yet, and %d are in no checkpoint yet", sum.Logs[auditlog.Live], sum.Waiting)}
 	}
 	return nil
 }
 
+// openText names the transparency logs whose end may be missing.
+func openText(sum verify.Summary) string {
+	var b strings.Builder
+	n := 0
+	for _, tr := range sum.Trees {
+		if tr.End != verify.Open {
+			continue
+		}
+		if n++; n <= maxListed {
+			fmt.Fprintf(&b, "%s neither goes on nor was closed; ", tr.Origin)
+		}
+	}
+	if n > maxListed {
+		fmt.Fprintf(&b, "and %d more; ", n-maxListed)
+	}
+	b.WriteString("the gate was killed, or the newest objects were taken away: if you know that it was killed, keep the log's checkpoint, and give it with --since")
+	return b.String()
+}
+
 // stale says which gate is not heard of.
 func (o verifyOptions) stale(sum verify.Summary) error {
-	newest := map[string]time.Time{"": sum.Newest}
+	newest := map[string]verify.Tree{"": {Newest: sum.Newest, Age: sum.Age}}
 	for _, tr := range sum.Trees {
-		if tr.Newest.After(newest[tr.Gate]) {
-			newest[tr.Gate] = tr.Newest
+		if tr.Newest.After(newest[tr.Gate].Newest) {
+			newest[tr.Gate] = tr
 		}
 	}
 	gates := o.gates
@@ -201,11 +221,11 @@ func (o verifyOptions) stale(sum verify.Summary) error {
 		if g != "" {
 			of = " of gate " + g
 		}
-		at := newest[g]
-		switch age := time.Since(at); {
-		case at.IsZero():
+		tr := newest[g]
+		switch age := tr.Age; {
+		case tr.Newest.IsZero():
 			return &codeError{exitStale, "there is no checkpoint" + of}
-		case age < -maxAhead:
+		case age < 0:
 			return &codeError{exitStale, fmt.Sprintf("the newest checkpoint%s is %s ahead of this machine's clock: that says nothing of the gate now",
 				of, -age.Round(time.Second))}
 		case age > o.beat:
@@ -248,8 +268,10 @@ func (t *tool) printTree(out io.Writer, tr verify.Tree) error {
 	}
 	newest := "no checkpoint"
 	if !tr.Newest.IsZero() {
-		newest = fmt.Sprintf("the newest of %s, %s old", t.time(tr.Newest), time.Since(tr.Newest).Round(time.Second))
+		newest = fmt.Sprintf("the newest of %s, %s old", t.time(tr.Newest), tr.Age.Round(time.Second))
 	}
+	newest += map[verify.End]string{verify.Closed: "; closed by its gate", verify.Kept: "; it ends where the kept checkpoint does",
+		verify.Open: "; not closed"}[tr.End]
 	if tr.Ended {
 		newest += "; it ended there: the gate went on with another"
 	}
@@ -295,9 +317,11 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 	note(sum.Outside, "sealed log has no transparency log: its gate kept none", "sealed logs have no transparency log: their gate kept none")
 	note(sum.Silent, "session has no end, and nothing of it came for over a day while its gate, or its key, went on",
 		"sessions have no end, and nothing of them came for over a day while their gate, or their key, went on")
+	note(sum.Open, "transparency log neither goes on nor was closed: its gate was killed, or its newest objects were taken away (see --closed)",
+		"transparency logs neither go on nor were closed: their gates were killed, or their newest objects were taken away (see --closed)")
 	note(sum.Foreign, "object is not a gate's", "objects are not a gate's")
 	if !sum.Newest.IsZero() {
-		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), time.Since(sum.Newest).Round(time.Second))
+		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), sum.Age.Round(time.Second))
 	}
 	_, err := io.WriteString(out, b.String())
 	return err
