@@ -40,6 +40,7 @@ type verifyOptions struct {
 	beat          time.Duration
 	gates         []string
 	sealed, quiet bool
+	identity      bool // one was given
 	parallel      int
 }
 
@@ -51,21 +52,31 @@ func (t *tool) verifyCommand() *cobra.Command {
 gate's transparency log names them: what it names and the store does not have is missing. Of a whole store every object is read.
 Nothing but the store is asked, and the pinned keys.
 
+An encrypted log is checked as far as it goes without reading it: hashes, order, signatures. With --identity its content is, too.
+What a gate's index says is held against the logs; "index verify" says where it differs.
+
 With --key, every signature must be by one of the keys in the file. Without, a log is checked against the key that it
 names itself, and said to be unpinned: that shows damage, but not a forger with a key of his own.
 
 A live log is one that has no last segment yet. That the newest objects were taken away can't be seen from a store by anyone, but by
-the age of the newest checkpoint (--live), or from a checkpoint that was kept elsewhere (--since; the command checkpoint prints one).
+the age of the newest checkpoint, or from a checkpoint that was kept elsewhere (--since; the command checkpoint prints one). A gate that
+stops closes its transparency log: the last checkpoint says so, signed. With --closed each transparency log must either have a
+checkpoint that is not older than --beat, or be closed, or end with a checkpoint that was kept: otherwise the gate was killed, or its
+newest objects were taken away. --live asks for the same, and for a gate that is alive. If a gate was killed and you know it, keep
+the checkpoint of its log. What a gate wrote after it was started again can be taken away back to where it had closed its log before:
+name the gates that must be alive (--gate).
 
 Where old logs are deleted, as an expiry rule does, --from names the first day from which they must be there.
 
-Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there); 2 something is altered,
-cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end yet, or no checkpoint has it; 4 with
---live: the newest checkpoint is too old, or of the future. Of several, 2 comes before 4, and 4 before 3.`,
+Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there, with --identity: content that
+it does not open); 2 something is altered, cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end
+yet, or no checkpoint has it; 4 with --live: the newest checkpoint is too old, or of the future, and with --live or --closed: a
+transparency log neither goes on nor was closed. Of several, 2 comes before 1, 1 before 4, and 4 before 3.`,
 		Example: `  sallyport-audit verify /mnt/evidence --key gate.pub
   sallyport-audit verify latest
   sallyport-audit verify s3://evidence/gate-1 --day 2026-11-24 --sealed --quiet
-  sallyport-audit verify s3://evidence/gate-1 --key gate.pub --live --since kept.checkpoint`,
+  sallyport-audit verify s3://evidence/gate-1 --key gate.pub --live --since kept.checkpoint
+  sallyport-audit verify s3://evidence/gate-1 --key gate.pub --identity auditor.key`,
 		RunE: func(c *cobra.Command, args []string) error {
 			arg := ""
 			if len(args) > 0 {
@@ -117,6 +128,9 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	if options.Keys, err = t.keys(); err != nil {
 		return err
 	}
+	if options.Identities, err = t.identities(); err != nil {
+		return err
+	}
 	p := newVerifyProgress(stderr)
 	defer p.end()
 	options.Progress = p.show
@@ -160,6 +174,7 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	if err := t.printSummary(out, sum, arg == ""); err != nil {
 		return err
 	}
+	o.identity = len(options.Identities) > 0
 	return o.verdict(sum, arg == "", cmp.Or(dir, t.store, os.Getenv(storeEnv)))
 }
 
@@ -170,6 +185,9 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 	}
 	if all && sum.Total() == 0 && len(sum.Trees) == 0 {
 		return fmt.Errorf("there is no log in %s", store)
+	}
+	if o.identity && sum.Locked > 0 {
+		return fmt.Errorf("the content of %d logs was not checked: they are encrypted, and none of the identities given is a recipient", sum.Locked)
 	}
 	if o.live {
 		if err := o.stale(sum); err != nil {
@@ -319,6 +337,8 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 		"sessions have no end, and nothing of them came for over a day while their gate, or their key, went on")
 	note(sum.Open, "transparency log neither goes on nor was closed: its gate was killed, or its newest objects were taken away (see --closed)",
 		"transparency logs neither go on nor were closed: their gates were killed, or their newest objects were taken away (see --closed)")
+	note(sum.Locked, "log is encrypted: its content was not looked at, all else was checked", "logs are encrypted: their content was not looked at, all else was checked")
+	note(int(sum.Skipped), "entry of the index was not compared with its log: there are too many", "entries of the index were not compared with their logs: there are too many")
 	note(sum.Foreign, "object is not a gate's", "objects are not a gate's")
 	if !sum.Newest.IsZero() {
 		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), sum.Age.Round(time.Second))
@@ -333,7 +353,7 @@ func (t *tool) checkpointCommand() *cobra.Command {
 		Use: "checkpoint [STORE]", Short: "Print the newest checkpoint of each transparency log, to keep elsewhere", Args: cobra.MaximumNArgs(1),
 		Long: `Print the newest checkpoint of each gate's transparency log, as C2SP signed notes, after proving the logs. Kept where the store's
 keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed. Logs that have ended are
-among them: of these nothing else shows that their end was taken away.`,
+among them: of one that its gate did not close nothing else shows that its end was taken away, and of no one that all of it was.`,
 		Example: `  sallyport-audit checkpoint s3://evidence/gate-1 --key gate.pub > kept.checkpoint`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""
