@@ -71,7 +71,7 @@ Where old logs are deleted, as an expiry rule does, --from names the first day f
 Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there, with --identity: content that
 it does not open); 2 something is altered, cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end
 yet, or no checkpoint has it; 4 with --live: the newest checkpoint is too old, or of the future, and with --live or --closed: a
-transparency log neither goes on nor was closed. Of several, 2 comes before 1, 1 before 4, and 4 before 3.`,
+transparency log neither goes on nor was closed. Of several, 2 comes before 4, 4 before 3, and 3 before 1.`,
 		Example: `  sallyport-audit verify /mnt/evidence --key gate.pub
   sallyport-audit verify latest
   sallyport-audit verify s3://evidence/gate-1 --day 2026-11-24 --sealed --quiet
@@ -186,9 +186,6 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 	if all && sum.Total() == 0 && len(sum.Trees) == 0 {
 		return fmt.Errorf("there is no log in %s", store)
 	}
-	if o.identity && sum.Locked > 0 {
-		return fmt.Errorf("the content of %d logs was not checked: they are encrypted, and none of the identities given is a recipient", sum.Locked)
-	}
 	if o.live {
 		if err := o.stale(sum); err != nil {
 			return err
@@ -199,6 +196,9 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 	}
 	if o.sealed && sum.Unsealed() {
 		return &codeError{exitUnsealed, fmt.Sprintf("%d logs have no end yet, and %d are in no checkpoint yet", sum.Logs[auditlog.Live], sum.Waiting)}
+	}
+	if o.identity && sum.Locked > 0 {
+		return fmt.Errorf("the content of %d logs was not checked: they are encrypted, and none of the identities given is a recipient", sum.Locked)
 	}
 	return nil
 }
