@@ -102,7 +102,8 @@ transparency log neither goes on nor was closed. Of several, 2 comes before 4, 4
 
 func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, stderr io.Writer) error {
 	dir := ""
-	if info, err := os.Stat(arg); strings.HasPrefix(arg, bucketScheme) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
+	// An ID has no slash: a path that is not there shall be said to be not there.
+	if info, err := os.Stat(arg); strings.ContainsAny(arg, `/\`) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
 		dir, arg = arg, ""
 	}
 	options := verify.Options{Parallel: o.parallel, Beat: o.beat}
