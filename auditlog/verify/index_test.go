@@ -217,6 +217,21 @@ func TestIndexOfInterrupted(t *testing.T) {
 	}
 }
 
+// There is a bound to the entries that are kept, and what is beyond it is told.
+func TestIndexTooLarge(t *testing.T) {
+	whole := indexed(t, true)
+	const lie = "192.0.2.8"
+	for _, n := range []int64{0, 4} {
+		defer verify.SetMaxEntries(n)()
+		s := whole.clone()
+		resignFirst(t, s, "index/gate-1/", "192.0.2.7", func(payload []byte) { copy(payload[bytes.Index(payload, []byte("192.0.2.7")):], lie) })
+		sum, wrong := check(t, s, pinned)
+		if sum.Skipped+n < 3 || (n == 0) != (len(wrong) == 0) { // an entry went with the batch after the one that was changed
+			t.Errorf("%d: %d left out, %q", n, sum.Skipped, wrong)
+		}
+	}
+}
+
 // resignFirst changes the first segment below a prefix whose log begins with it and that has a text, as who has the key could; the
 // log's later segments, which have its hash, are taken away.
 func resignFirst(t *testing.T, s *store, prefix, text string, change func(payload []byte)) {
