@@ -116,12 +116,7 @@ func (b *Backend) checkTarget(spec backends.Spec) error {
 	default:
 		return refused("pull policy %q is unknown", t.PullPolicy)
 	}
-	for _, v := range t.Env {
-		if name, _, ok := strings.Cut(v, "="); !ok || name == "" || strings.ContainsRune(v, 0) {
-			return refused("environment: %q is not NAME=value", v)
-		}
-	}
-	return nil
+	return t.CheckEnv()
 }
 
 // Of a namespace, so many pods are looked at for a target, in pages.
