@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -185,6 +186,37 @@ func (b *Backend) Targets(ctx context.Context, spec backends.Spec, name string) 
 	}
 	slices.SortFunc(found, func(a, b backends.Running) int { return cmp.Compare(a.Name, b.Name) })
 	return found[:min(len(found), backends.MaxTargets)], nil
+}
+
+// joinRights are what deploy/kubernetes/targets gives.
+var joinRights = []authorizationv1.ResourceAttributes{
+	{Verb: "get", Resource: "pods"}, {Verb: "list", Resource: "pods"}, {Verb: "watch", Resource: "pods"},
+	{Verb: "patch", Resource: "pods", Subresource: "ephemeralcontainers"}, {Verb: "create", Resource: "pods", Subresource: "exec"},
+}
+
+// MayJoin asks whether the gate has the rights that targets need, in each of their namespaces. The error names all it lacks.
+func (b *Backend) MayJoin(ctx context.Context) error {
+	var lacking []string
+	for _, ns := range b.config.Targets.Namespaces {
+		for _, right := range joinRights {
+			right.Namespace = ns
+			may, err := b.cluster.may(ctx, right)
+			if err != nil {
+				return fmt.Errorf("kubernetes: ask for the rights in namespace %s: %w", ns, err)
+			}
+			if !may {
+				what := right.Resource
+				if right.Subresource != "" {
+					what += "/" + right.Subresource
+				}
+				lacking = append(lacking, fmt.Sprintf("%s %s in %s", right.Verb, what, ns))
+			}
+		}
+	}
+	if len(lacking) > 0 {
+		return fmt.Errorf("kubernetes: targets: the gate may not %s: apply deploy/kubernetes/targets", strings.Join(lacking, ", "))
+	}
+	return nil
 }
 
 // unfit says why a pod can't be the target; empty: it can.
