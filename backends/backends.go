@@ -7,9 +7,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"time"
 )
 
@@ -152,6 +154,16 @@ type Template struct {
 	Spread    []string          `json:"spread,omitempty"`    // labels of nodes over whose values sandboxes spread, where they can
 	// Pod is JSON: a pod template to be merged, or a JSON Patch (RFC 6902), under the backend's own limits. Empty: none.
 	Pod json.RawMessage `json:"pod,omitempty"`
+}
+
+// CheckEnv refuses what is no variable of an environment.
+func (t *Template) CheckEnv() error {
+	for _, v := range t.Env {
+		if name, _, ok := strings.Cut(v, "="); !ok || name == "" || strings.ContainsRune(v, 0) {
+			return &RefusedError{Reason: fmt.Sprintf("environment: %q is not NAME=value", v)}
+		}
+	}
+	return nil
 }
 
 // Mount brings data into a sandbox.

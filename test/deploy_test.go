@@ -31,6 +31,9 @@ func clusterBinary(t *testing.T) string {
 	t.Helper()
 	name := os.Getenv("SALLYPORT_TEST_CLUSTER")
 	if name == "" {
+		if os.Getenv("CI") != "" {
+			t.Fatal("SALLYPORT_TEST_CLUSTER names no cluster of this machine, and CI is set")
+		}
 		// A cluster of the user's own is a choice that make test tells of; none at all is not.
 		if os.Getenv("SALLYPORT_REQUIRE_KUBERNETES") != "" && os.Getenv("SALLYPORT_TEST_KUBECONFIG") == "" {
 			t.Fatal("neither SALLYPORT_TEST_CLUSTER nor SALLYPORT_TEST_KUBECONFIG names a cluster, and SALLYPORT_REQUIRE_KUBERNETES is set")

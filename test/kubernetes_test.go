@@ -75,7 +75,10 @@ func (s *state) removeNamespace() error {
 // ownPods are the pods of this script's gate. One that has finished is an object still, until a gate removes it: after a
 // kill they don't count.
 func (s *state) ownPods() ([]string, error) {
-	args := []string{"get", "pods", "-n", s.namespace(), "-l", "sallyport.server=" + s.server(), "-o", "name"}
+	args := []string{"get", "pods", "-n", s.namespace(), "-o", "name"}
+	if server := s.server(); !strings.HasSuffix(server, "-") { // else no gate was started: there is no pod at all
+		args = append(args, "-l", "sallyport.server="+server)
+	}
 	if s.killed {
 		args = append(args, "--field-selector=status.phase!=Succeeded,status.phase!=Failed")
 	}

@@ -48,10 +48,10 @@ var servers = map[string]func(t *testing.T, dir string) *peer{
 	"openssh": func(t *testing.T, dir string) *peer {
 		const name = "/usr/lib/openssh/sftp-server"
 		if _, err := os.Stat(name); err != nil {
-			if os.Getenv("CI") != "" {
-				t.Fatal("the package openssh-sftp-server is missing")
+			if os.Getenv("SALLYPORT_REQUIRE_CLIENTS") != "" {
+				t.Fatal("the package openssh-sftp-server is missing, and SALLYPORT_REQUIRE_CLIENTS is set")
 			}
-			t.Skip("no sftp-server on this machine; the test with our own remains")
+			t.Skip("NOT TESTED: no sftp-server on this machine; the test with our own remains")
 		}
 		cmd := exec.Command(name)
 		cmd.Dir = dir

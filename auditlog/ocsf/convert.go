@@ -1,6 +1,7 @@
 package ocsf
 
 import (
+	"cmp"
 	"encoding/hex"
 	"fmt"
 	"net"
@@ -72,6 +73,14 @@ func (c *Converter) event(rec auditlog.Record, uid, activity int, name string, s
 		Message: text(fmt.Sprintf(format, args...)),
 		Metadata: Metadata{Version: Version, Product: c.product, UID: fmt.Sprintf("%s/%d", c.id, rec.Sequence), CorrelationUID: c.id, Sequence: rec.Sequence,
 			LogName: "sallyport audit log", OriginalTime: rec.Time.UTC().Format(time.RFC3339Nano), EventCode: rec.Body.Kind().String()}}
+}
+
+// outcome is the status of what went well or did not, and its severity.
+func outcome(ok bool) (status, severity int) {
+	if ok {
+		return statusSuccess, severityInformational
+	}
+	return statusFailure, severityMedium
 }
 
 // Add gives the events of the next record; most give none or one.
@@ -198,9 +207,10 @@ func (c *Converter) logon(e *Event, method string) []*Event {
 }
 
 func (c *Converter) decision(rec auditlog.Record, b *auditlog.Decision) []*Event {
-	status, word, severity := statusFailure, "refused", severityMedium
+	status, severity := outcome(b.Allow)
+	word := "refused"
 	if b.Allow {
-		status, word, severity = statusSuccess, "allowed", severityInformational
+		word = "allowed"
 	}
 	if c.user == nil {
 		c.user = &User{}
@@ -233,10 +243,7 @@ func (c *Converter) sandbox(rec auditlog.Record, b *auditlog.Sandbox) []*Event {
 	}
 	c.device = &Device{TypeID: 6, Type: "Virtual", UID: text(b.ID), Name: text(b.Backend + " sandbox")}
 	if b.Image != "" || b.Digest != "" {
-		c.device.Image = &Image{UID: text(b.Digest), Name: text(b.Image)}
-		if b.Digest == "" {
-			c.device.Image.UID = text(b.Image)
-		}
+		c.device.Image = &Image{UID: text(cmp.Or(b.Digest, b.Image)), Name: text(b.Image)}
 	}
 	e := c.event(rec, SSHActivity, other, "sandbox", statusSuccess, severityInformational, "sandbox %s of %s", b.ID, b.Image)
 	e.Unmapped = map[string]any{"exec_audit": text(b.ExecAudit), "node": text(b.Node)}
@@ -254,10 +261,7 @@ func (c *Converter) request(rec auditlog.Record, b *auditlog.Request) []*Event {
 	default:
 		return nil // environment, sizes of windows, signals
 	}
-	status, severity := statusSuccess, severityInformational
-	if !b.OK {
-		status, severity = statusFailure, severityMedium
-	}
+	status, severity := outcome(b.OK)
 	e := c.event(rec, SSHActivity, other, b.Type, status, severity, "%s %s", b.Type, what)
 	e.StatusDetail = text(b.Reason)
 	e.Unmapped = map[string]any{"channel": rec.Channel}
@@ -267,7 +271,7 @@ func (c *Converter) request(rec auditlog.Record, b *auditlog.Request) []*Event {
 func (c *Converter) end(rec auditlog.Record, b *auditlog.End) []*Event {
 	e := c.event(rec, SSHActivity, 2, "", statusSuccess, severityInformational, "ended: %s", b.Cause)
 	e.StatusDetail = text(b.Detail)
-	e.Traffic = &Traffic{Bytes: c.in + c.out, BytesIn: c.in, BytesOut: c.out}
+	e.Traffic = traffic(c.in, c.out)
 	events := c.ssh(e)
 	if c.proven {
 		off := c.event(rec, Authentication, 2, "", statusSuccess, severityInformational, "%s logged off: %s", c.user.Name, b.Cause)
@@ -278,11 +282,8 @@ func (c *Converter) end(rec auditlog.Record, b *auditlog.End) []*Event {
 }
 
 // tunnel makes an event about a forwarded connection.
-func (c *Converter) tunnel(rec auditlog.Record, kind, target, originator string, activity, status int, format string, args ...any) *Event {
-	severity := severityInformational
-	if status == statusFailure {
-		severity = severityMedium
-	}
+func (c *Converter) tunnel(rec auditlog.Record, kind, target, originator string, activity int, ok bool, format string, args ...any) *Event {
+	status, severity := outcome(ok)
 	e := c.event(rec, TunnelActivity, activity, "", status, severity, format, args...)
 	e.TunnelTypeID, e.TunnelType, e.Session, e.User, e.Device = other, text("SSH "+kind), c.session, c.user, c.device
 	e.SrcEndpoint, e.DstEndpoint = c.source(), endpoint(target)
@@ -302,27 +303,15 @@ func (c *Converter) channelOpen(rec auditlog.Record, b *auditlog.ChannelOpen) []
 		e.StatusDetail = text(b.Error)
 		return c.ssh(e)
 	}
-	status := statusSuccess
-	if b.Error != "" {
-		status = statusFailure
-	}
-	e := c.tunnel(rec, b.Type, b.Target, b.Originator, 1, status, "%s to %s", b.Type, b.Target)
+	e := c.tunnel(rec, b.Type, b.Target, b.Originator, 1, b.Error == "", "%s to %s", b.Type, b.Target)
 	e.StatusDetail = text(b.Error)
 	return []*Event{e}
 }
 
 func (c *Converter) forward(rec auditlog.Record, b *auditlog.Forward) []*Event {
-	status := statusSuccess
-	if b.Result == "failed" {
-		status = statusFailure
-	}
-	target := b.Address
-	if target == "" {
-		target = b.Target
-	}
-	e := c.tunnel(rec, b.Type, target, b.Originator, 2, status, "%s to %s %s", b.Type, b.Target, b.Result)
+	e := c.tunnel(rec, b.Type, cmp.Or(b.Address, b.Target), b.Originator, 2, b.Result != "failed", "%s to %s %s", b.Type, b.Target, b.Result)
 	e.StatusDetail = text(b.Detail)
-	e.Traffic = &Traffic{Bytes: b.Input + b.Output, BytesIn: b.Input, BytesOut: b.Output}
+	e.Traffic = traffic(b.Input, b.Output)
 	return []*Event{e}
 }
 
@@ -336,10 +325,7 @@ func (c *Converter) transfer(rec auditlog.Record, b *auditlog.Transfer) []*Event
 	if len(b.TargetResolved) > 0 {
 		target = b.TargetResolved
 	}
-	status, severity := statusSuccess, severityInformational
-	if b.Status != 0 || b.Denied {
-		status, severity = statusFailure, severityMedium
-	}
+	status, severity := outcome(b.Status == 0 && !b.Denied)
 	if b.Unfinished {
 		status = statusUnknown
 	}
@@ -459,11 +445,12 @@ func (c *Converter) ended(rec auditlog.Record, b *auditlog.ProgramEnd) []*Event 
 }
 
 func (c *Converter) connectOut(rec auditlog.Record, b *auditlog.ConnectOut) []*Event {
-	e := c.event(rec, NetworkActivity, 1, "", statusUnknown, severityInformational, "%s of %s to %s (claimed)", b.Call, b.Program, net.JoinHostPort(b.Address, strconv.Itoa(int(b.Port))))
+	to := net.JoinHostPort(b.Address, strconv.Itoa(int(b.Port)))
+	e := c.event(rec, NetworkActivity, 1, "", statusUnknown, severityInformational, "%s of %s to %s (claimed)", b.Call, b.Program, to)
 	d := c.sandboxDevice()
 	e.SrcEndpoint = &Endpoint{UID: d.UID, Name: d.Name}
 	if b.Address != "" {
-		e.DstEndpoint = endpoint(net.JoinHostPort(b.Address, strconv.Itoa(int(b.Port))))
+		e.DstEndpoint = endpoint(to)
 	}
 	e.StatusDetail = text(b.Error)
 	if b.Again > 0 {
@@ -475,6 +462,8 @@ func (c *Converter) connectOut(rec auditlog.Record, b *auditlog.ConnectOut) []*E
 	c.host(e, &Actor{Process: by, User: c.user, Session: c.session})
 	return []*Event{e}
 }
+
+func traffic(in, out uint64) *Traffic { return &Traffic{Bytes: in + out, BytesIn: in, BytesOut: out} }
 
 // endpoint reads an address with a port, without one, or a socket's path; nil if there is none.
 func endpoint(s string) *Endpoint {
@@ -506,12 +495,7 @@ func file(p []byte, folder bool) *File {
 
 func insideUser(uid uint32) *User { return &User{UID: strconv.FormatUint(uint64(uid), 10)} }
 
-func orUnknown(s string) string {
-	if s == "" {
-		return "unknown"
-	}
-	return text(s)
-}
+func orUnknown(s string) string { return text(cmp.Or(s, "unknown")) }
 
 func words(args [][]byte) string {
 	var b strings.Builder

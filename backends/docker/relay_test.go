@@ -366,6 +366,9 @@ func TestTransport(t *testing.T) {
 		t.Errorf("left: %v %v", entries, err)
 	}
 	if os.Geteuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("an engine that sees other files needs root, and CI is set")
+		}
 		t.Skip("NOT TESTED: an engine that sees other files needs root")
 	}
 	dir := t.TempDir()

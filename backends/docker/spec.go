@@ -143,10 +143,8 @@ func (b *Backend) check(spec backends.Spec) (backends.Spec, error) {
 			return spec, refused("extra host %q is not NAME:ADDRESS", line)
 		}
 	}
-	for _, v := range t.Env {
-		if name, _, ok := strings.Cut(v, "="); !ok || name == "" || strings.ContainsRune(v, 0) {
-			return spec, refused("environment: %q is not NAME=value", v)
-		}
+	if err := t.CheckEnv(); err != nil {
+		return spec, err
 	}
 	if err := b.checkLimits(&t); err != nil {
 		return spec, err

@@ -2,6 +2,7 @@ package kubernetes
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -203,6 +205,25 @@ func (k *cluster) watchOne(ctx context.Context, ns, name, version string) (watch
 	return k.core.Get().NamespaceIfScoped(ns, ns != "").Resource("pods").MaxRetries(0).VersionedParams(&metav1.ListOptions{
 		Watch: true, FieldSelector: "metadata.name=" + name, ResourceVersion: version, TimeoutSeconds: &seconds,
 	}, k.params).Watch(ctx)
+}
+
+// may asks the API server whether this client has a right.
+func (k *cluster) may(ctx context.Context, right authorizationv1.ResourceAttributes) (bool, error) {
+	review := authorizationv1.SelfSubjectAccessReview{Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &right}}
+	review.APIVersion, review.Kind = authorizationv1.SchemeGroupVersion.String(), "SelfSubjectAccessReview"
+	body, err := json.Marshal(review)
+	if err != nil {
+		return false, err
+	}
+	err = asked(ctx, func(ctx context.Context) error {
+		answer, err := k.core.Post().AbsPath("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews").MaxRetries(tries).
+			SetHeader("Content-Type", runtime.ContentTypeJSON).Body(body).Do(ctx).Raw()
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(answer, &review)
+	})
+	return review.Status.Allowed, err
 }
 
 // refusal is the API server's refusal in a few words, for the user; empty: it is none that a user can do something about.

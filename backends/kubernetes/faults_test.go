@@ -232,6 +232,7 @@ func isCreate(r *http.Request) bool {
 
 // TestFaults puts each fault between a gate and its API server. The gate has the least rights and a token.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	f := newFaulty(t)
 	b := newBackend(t, func(c *Config) { c.Kubeconfig = f.config })
 	start := func(limit time.Duration) (backends.Sandbox, error) {
@@ -467,6 +468,7 @@ func TestFaults(t *testing.T) {
 
 // TestIdle: sessions that do nothing ask nothing of the API server, but for the gate's own watch and look-around.
 func TestIdle(t *testing.T) {
+	t.Parallel()
 	f := newFaulty(t)
 	b := newBackend(t, func(c *Config) { c.Kubeconfig = f.config })
 	for range 3 {

@@ -20,6 +20,7 @@ import (
 
 // TestOwner: pods go with the config map that owns them, and with nothing else.
 func TestOwner(t *testing.T) {
+	t.Parallel()
 	ns := newNamespace(t)
 	ctx := context.Background()
 	b := newBackend(t, func(c *Config) { c.Namespace, c.Owner = ns, "configmap/gate" })
@@ -128,6 +129,7 @@ func inCluster() int {
 // to be on this machine.
 func TestInCluster(t *testing.T) {
 	requireCluster(t)
+	t.Parallel()
 	ctx := context.Background()
 	ns, err := fixture.makeNamespaceFor("privileged") // the program comes from a host path
 	if err != nil {

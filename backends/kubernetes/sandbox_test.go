@@ -398,6 +398,7 @@ func TestDrained(t *testing.T) {
 // TestNamespaceDeleted: sessions end with the namespace that a profile has named, others go on, and who comes later is told.
 func TestNamespaceDeleted(t *testing.T) {
 	requireCluster(t)
+	t.Parallel()
 	ns, err := fixture.makeNamespace()
 	if err != nil {
 		t.Fatal(err)

@@ -6,9 +6,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
-	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -27,16 +24,11 @@ const insideRelay = agent.RelaySocket
 // sandbox is one pod. Its life: Start registers it in live, creates the pod under a free name, and reaches its agent through
 // a relay; watch sees its end; Close removes it.
 type sandbox struct {
-	backend *Backend
-	session string
-	info    backends.Info
-	client  *agent.Client
-	pin     agent.Pin // of an agent that is dialled, when it is known
+	inside
+	pin agent.Pin // of an agent that is dialled, when it is known
 
 	told  chan struct{}            // closed when digest is set
 	death chan *backends.TextError // why the pod failed or ended, once, as the cluster tells it
-	done  chan struct{}
-	err   error // set before done is closed
 
 	mu            sync.Mutex // guards what follows
 	at            slot       // empty before a name was tried
@@ -50,8 +42,6 @@ type sandbox struct {
 	closing sync.Mutex    // held by the Close that removes
 	gone    bool          // guarded by closing: all is removed
 	removed chan struct{} // closed when the first attempt to remove it has ended
-	ended   chan struct{}
-	endOnce sync.Once // closes ended: Close was called
 
 	removedOnce sync.Once // closes removed
 }
@@ -73,8 +63,8 @@ func (b *Backend) Start(ctx context.Context, spec backends.Spec) (backends.Sandb
 		return nil, fmt.Errorf("kubernetes: %w", err)
 	}
 	s := &sandbox{
-		backend: b, session: spec.Owner.Session,
-		told: make(chan struct{}), death: make(chan *backends.TextError, 1), done: make(chan struct{}), ended: make(chan struct{}), removed: make(chan struct{}),
+		inside: b.inside(spec),
+		told:   make(chan struct{}), death: make(chan *backends.TextError, 1), removed: make(chan struct{}),
 	}
 	b.mu.Lock()
 	_, twice := b.live[s.session]
@@ -244,21 +234,6 @@ func (b *Backend) sweep(ctx context.Context, at slot) (bool, error) {
 	return true, b.cluster.deletePod(ctx, at.namespace, at.name, pod.UID)
 }
 
-// attempts paces how often the relay is tried: soon and often at first, as the cluster's word that a container runs comes up to
-// a second after it does, and then ever less, as while an image is pulled.
-func attempts(since time.Duration) time.Duration {
-	switch {
-	case since < 3*time.Second:
-		return 20 * time.Millisecond
-	case since < 15*time.Second:
-		return 100 * time.Millisecond
-	}
-	return 500 * time.Millisecond
-}
-
-// lookEvery is the time between questions for the pod's events while it does not come up: most have come up before the first.
-const lookEvery = 1500 * time.Millisecond
-
 // reach gets to the agent by its relay, and proves the gate to it.
 func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.Hello) error {
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -272,95 +247,24 @@ func (s *sandbox) reach(ctx context.Context, key ed25519.PrivateKey, hello agent
 		case <-over:
 		}
 	}()
-	began := time.Now()
-	looked := began
-	var last error
-	unauthorized := 0 // once in a row is a token that has just been renewed
-	for {
-		client, early, err := attempt(ctx, func(over protocol) (*agent.Client, error) { return s.try(ctx, over, key, hello) })
-		if err == nil {
-			s.client = client
-			return nil
-		}
-		var dead *backends.TextError
-		if errors.As(context.Cause(ctx), &dead) {
-			return dead
-		}
-		if ctx.Err() != nil {
-			// What the last attempt met says more than that the time is over.
-			if last == nil {
-				last = err
-			}
-			return s.late(ctx, last)
-		}
-		last = err
-		wait := attempts(time.Since(began))
-		if !early {
-			wait = max(wait, webSocketPause)
-		}
-		switch status := answered(err); {
-		case mayNot(err, "create"):
-			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
-		case status == nil:
-		case apierrors.IsUnauthorized(status) && unauthorized == 0:
-			unauthorized++
-		case apierrors.IsForbidden(status), apierrors.IsUnauthorized(status):
-			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
-		case apierrors.IsNotFound(status) && status.Status().Details != nil && status.Status().Details.Kind == "pods":
-			return &backends.TextError{Text: "the sandbox was removed while it started: try again", Err: err}
-		case apierrors.IsTooManyRequests(status), status.Status().Code == http.StatusServiceUnavailable:
-			wait = max(wait, time.Second)
-		}
-		if err := s.unscheduled(); err != nil {
-			return err
-		}
-		if time.Since(looked) > lookEvery {
-			looked = time.Now()
-			if err := s.lookAtEvents(ctx); err != nil {
-				return err
-			}
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
-	}
-}
-
-// late is the end of a start whose time is over.
-func (s *sandbox) late(ctx context.Context, last error) error {
-	cause := context.Cause(ctx)
-	if errors.Is(cause, context.DeadlineExceeded) {
-		// It is also what the caller is told when nothing is known.
-		return fmt.Errorf("reach the agent: %w; at last: %w", cause, last)
-	}
-	return cause
-}
-
-// try makes one attempt.
-func (s *sandbox) try(ctx context.Context, over protocol, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
-	if err := s.backend.tries.Wait(ctx); err != nil {
-		return nil, err
-	}
 	s.mu.Lock()
 	at := s.at
 	s.mu.Unlock()
+	try := func(over protocol) (*agent.Client, error) {
+		return s.backend.relay(ctx, at, mainContainer, over, key, hello)
+	}
 	if s.backend.config.Stream == streamDirect {
-		return s.dial(ctx, at, over, key, hello)
+		try = func(over protocol) (*agent.Client, error) { return s.dial(ctx, at, over, key, hello) }
 	}
-	stream, err := s.backend.cluster.exec(ctx, at, over, insideAgent, "relay", "--socket", insideRelay)
-	if err != nil {
-		return nil, err
-	}
-	client, err := agent.NewClient(ctx, stream, key, hello)
-	if err == nil {
-		return client, nil
-	}
-	stream.Close()
-	if why := stream.why(); why != nil && ctx.Err() == nil {
-		return nil, fmt.Errorf("%w: %w", err, why)
-	}
-	return nil, err
+	return s.inside.reach(ctx, try, func(err error, due bool) error {
+		if noPod(err) {
+			return &backends.TextError{Text: "the sandbox was removed while it started: try again", Err: err}
+		}
+		if err := s.unscheduled(); err != nil || !due {
+			return err
+		}
+		return s.lookAtEvents(ctx)
+	})
 }
 
 // dial makes one attempt to reach the agent at the pod's address. Its key is asked for first, by way of the API server, and once.
@@ -394,34 +298,6 @@ func (s *sandbox) ID() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.at.namespace + "/" + s.at.name
-}
-
-func (s *sandbox) Info() backends.Info   { return s.info }
-func (s *sandbox) Done() <-chan struct{} { return s.done }
-
-func (s *sandbox) Err() error {
-	select {
-	case <-s.done:
-		return s.err
-	default:
-		return nil
-	}
-}
-
-func (s *sandbox) Exec(ctx context.Context, p backends.Process) (backends.ExitStatus, error) {
-	return s.client.Exec(ctx, p)
-}
-
-func (s *sandbox) Resolve(ctx context.Context, host string) ([]netip.Addr, error) {
-	return s.client.Resolve(ctx, host)
-}
-
-func (s *sandbox) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return s.client.DialContext(ctx, network, address)
-}
-
-func (s *sandbox) Listen(ctx context.Context, network, address string) (net.Listener, error) {
-	return s.client.Listen(ctx, network, address)
 }
 
 // deathWait is how long the cluster's word about an end is waited for: a kubelet looks once a second.
@@ -460,8 +336,7 @@ func (s *sandbox) watch() {
 
 // Close implements backends.Sandbox.
 func (s *sandbox) Close(ctx context.Context) error {
-	s.endOnce.Do(func() { close(s.ended) })
-	s.client.Close()
+	s.end()
 	s.awaitDigest(ctx)
 	err := s.remove(ctx)
 	<-s.done

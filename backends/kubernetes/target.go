@@ -9,13 +9,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -118,12 +117,7 @@ func (b *Backend) checkTarget(spec backends.Spec) error {
 	default:
 		return refused("pull policy %q is unknown", t.PullPolicy)
 	}
-	for _, v := range t.Env {
-		if name, _, ok := strings.Cut(v, "="); !ok || name == "" || strings.ContainsRune(v, 0) {
-			return refused("environment: %q is not NAME=value", v)
-		}
-	}
-	return nil
+	return t.CheckEnv()
 }
 
 // Of a namespace, so many pods are looked at for a target, in pages.
@@ -192,6 +186,37 @@ func (b *Backend) Targets(ctx context.Context, spec backends.Spec, name string) 
 	}
 	slices.SortFunc(found, func(a, b backends.Running) int { return cmp.Compare(a.Name, b.Name) })
 	return found[:min(len(found), backends.MaxTargets)], nil
+}
+
+// joinRights are what deploy/kubernetes/targets gives.
+var joinRights = []authorizationv1.ResourceAttributes{
+	{Verb: "get", Resource: "pods"}, {Verb: "list", Resource: "pods"}, {Verb: "watch", Resource: "pods"},
+	{Verb: "patch", Resource: "pods", Subresource: "ephemeralcontainers"}, {Verb: "create", Resource: "pods", Subresource: "exec"},
+}
+
+// MayJoin asks whether the gate has the rights that targets need, in each of their namespaces. The error names all it lacks.
+func (b *Backend) MayJoin(ctx context.Context) error {
+	var lacking []string
+	for _, ns := range b.config.Targets.Namespaces {
+		for _, right := range joinRights {
+			right.Namespace = ns
+			may, err := b.cluster.may(ctx, right)
+			if err != nil {
+				return fmt.Errorf("kubernetes: ask for the rights in namespace %s: %w", ns, err)
+			}
+			if !may {
+				what := right.Resource
+				if right.Subresource != "" {
+					what += "/" + right.Subresource
+				}
+				lacking = append(lacking, fmt.Sprintf("%s %s in %s", right.Verb, what, ns))
+			}
+		}
+	}
+	if len(lacking) > 0 {
+		return fmt.Errorf("kubernetes: targets: the gate may not %s: apply deploy/kubernetes/targets", strings.Join(lacking, ", "))
+	}
+	return nil
 }
 
 // unfit says why a pod can't be the target; empty: it can.
@@ -294,19 +319,13 @@ func targetFailed(what string, err error) error {
 // through a relay; watch sees its end, and the pod's; Close sees to it that it does not run any more. The pod's specification
 // and status keep it as long as there is the pod.
 type guest struct {
-	backend   *Backend
-	session   string
+	inside
 	user      string
 	target    *backends.Target
 	at        slot      // the target
 	uid       types.UID // of the pod
 	restarts  int32     // of the target's container when it was joined
 	container string    // ephemeral
-	info      backends.Info
-	client    *agent.Client
-
-	done chan struct{}
-	err  error // set before done is closed
 
 	mu   sync.Mutex
 	fate *backends.TextError // what became of the target; guarded by mu
@@ -314,8 +333,6 @@ type guest struct {
 	closing sync.Mutex // held by the Close that removes
 	gone    bool       // guarded by closing: nothing of it runs
 	added   bool       // guarded by closing: the pod may have it
-	ended   chan struct{}
-	endOnce sync.Once // closes ended: Close was called
 }
 
 var (
@@ -334,10 +351,9 @@ func (b *Backend) startGuest(ctx context.Context, spec backends.Spec) (backends.
 		return nil, errors.New("kubernetes: no target was chosen")
 	}
 	g := &guest{
-		backend: b, session: spec.Owner.Session, user: spec.Owner.User, target: spec.Template.Target,
+		inside: b.inside(spec), user: spec.Owner.User, target: spec.Template.Target,
 		at: slot{spec.Join.Namespace, spec.Join.Name}, uid: types.UID(spec.Join.ID),
 		container: targetPrefix + hashed(spec.Owner.User) + "-" + strings.ToLower(rand.Text()[:10]),
-		done:      make(chan struct{}), ended: make(chan struct{}),
 	}
 	if !b.admit(g) {
 		return nil, &backends.TextError{
@@ -519,40 +535,25 @@ func (g *guest) room(pod *corev1.Pod) error {
 	return nil
 }
 
-// lookEveryGuest is the time between looks at the pod while the container does not come up.
-const lookEveryGuest = time.Second
-
 // reach gets to the agent by its relay, and proves the gate to it.
 func (g *guest) reach(ctx context.Context, key ed25519.PrivateKey, hello agent.Hello) error {
-	began := time.Now()
-	looked := began
-	for {
-		client, early, err := attempt(ctx, func(over protocol) (*agent.Client, error) { return g.try(ctx, over, key, hello) })
-		if err == nil {
-			g.client = client
+	var flags []string
+	if g.target.Processes {
+		flags = []string{"--pid", "0"}
+	}
+	try := func(over protocol) (*agent.Client, error) {
+		return g.backend.relay(ctx, g.at, g.container, over, key, hello, flags...)
+	}
+	err := g.inside.reach(ctx, try, func(err error, due bool) error {
+		if !due && !noPod(err) {
 			return nil
 		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("kubernetes: reach the agent: %w; at last: %w", context.Cause(ctx), err)
-		}
-		wait := attempts(time.Since(began))
-		if !early {
-			wait = max(wait, webSocketPause)
-		}
-		if status := answered(err); mayNot(err, "create") || status != nil && apierrors.IsForbidden(status) {
-			return &backends.TextError{Text: "the cluster does not let this gate into its sandboxes: tell an operator", Err: err}
-		}
-		if time.Since(looked) > lookEveryGuest {
-			looked = time.Now()
-			if why := g.look(ctx); why != nil {
-				return why
-			}
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
+		return g.look(ctx)
+	})
+	if err != nil {
+		return fmt.Errorf("kubernetes: %w", err)
 	}
+	return nil
 }
 
 // look says why the container will not come up; nil: it may.
@@ -577,35 +578,11 @@ func (g *guest) look(ctx context.Context) error {
 		t := s.State.Terminated
 		return &backends.TextError{Text: noStart, Err: fmt.Errorf("kubernetes: container %s ended: %s, exit code %d: %s", g.container, t.Reason, t.ExitCode, t.Message)}
 	case s.State.Waiting != nil:
-		if why := trouble(&corev1.Pod{Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{*s}}}); why != nil {
+		if why := troubleOfStatus(s); why != nil {
 			return why
 		}
 	}
 	return nil
-}
-
-// try makes one attempt.
-func (g *guest) try(ctx context.Context, over protocol, key ed25519.PrivateKey, hello agent.Hello) (*agent.Client, error) {
-	if err := g.backend.tries.Wait(ctx); err != nil {
-		return nil, err
-	}
-	command := []string{insideAgent, "relay", "--socket", insideRelay}
-	if g.target.Processes {
-		command = append(command, "--pid", "0")
-	}
-	stream, err := g.backend.cluster.execIn(ctx, g.at, g.container, over, command...)
-	if err != nil {
-		return nil, err
-	}
-	client, err := agent.NewClient(ctx, stream, key, hello)
-	if err == nil {
-		return client, nil
-	}
-	stream.Close()
-	if why := stream.why(); why != nil && ctx.Err() == nil {
-		return nil, fmt.Errorf("%w: %w", err, why)
-	}
-	return nil, err
 }
 
 // targetFate says that the target is no more what was joined; nil: it is.
@@ -721,38 +698,9 @@ func (g *guest) ID() string {
 	return g.at.namespace + "/" + g.at.name + "/" + g.container
 }
 
-func (g *guest) Info() backends.Info   { return g.info }
-func (g *guest) Done() <-chan struct{} { return g.done }
-
-func (g *guest) Err() error {
-	select {
-	case <-g.done:
-		return g.err
-	default:
-		return nil
-	}
-}
-
-func (g *guest) Exec(ctx context.Context, p backends.Process) (backends.ExitStatus, error) {
-	return g.client.Exec(ctx, p)
-}
-
-func (g *guest) Resolve(ctx context.Context, host string) ([]netip.Addr, error) {
-	return g.client.Resolve(ctx, host)
-}
-
-func (g *guest) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return g.client.DialContext(ctx, network, address)
-}
-
-func (g *guest) Listen(ctx context.Context, network, address string) (net.Listener, error) {
-	return g.client.Listen(ctx, network, address)
-}
-
 // Close implements backends.Sandbox.
 func (g *guest) Close(ctx context.Context) error {
-	g.endOnce.Do(func() { close(g.ended) })
-	g.client.Close()
+	g.end()
 	err := g.remove(ctx)
 	<-g.done
 	return err
@@ -765,7 +713,8 @@ const (
 )
 
 // remove returns when the container does not run. An agent ends when its stream does; one that was stopped by its user, where it
-// is not the first process, is killed by a program that the cluster executes beside it.
+// is not the first process, is killed by a program that the cluster executes beside it. What waits for an image that can't be had
+// is not waited for: should it come to run, its agent, which nobody reaches, ends by itself.
 func (g *guest) remove(ctx context.Context) error {
 	g.closing.Lock()
 	defer g.closing.Unlock()
@@ -799,7 +748,8 @@ func (g *guest) remove(ctx context.Context) error {
 				g.gone = true
 				return nil
 			}
-			if s := statusOf(pod.Status.EphemeralContainerStatuses, g.container); s != nil && s.State.Terminated != nil {
+			if s := statusOf(pod.Status.EphemeralContainerStatuses, g.container); s != nil &&
+				(s.State.Terminated != nil || g.client == nil && troubleOfStatus(s) != nil) {
 				g.gone = true
 				return nil
 			}

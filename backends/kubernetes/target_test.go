@@ -134,6 +134,7 @@ func gone(t *testing.T, s backends.Sandbox) error {
 
 func TestTarget(t *testing.T) {
 	requireCluster(t)
+	t.Parallel()
 	b := joinGate(t, nil)
 	look := func(t *testing.T, s backends.Sandbox, line, want string) {
 		t.Helper()
@@ -143,6 +144,7 @@ func TestTarget(t *testing.T) {
 	}
 	const hello = "until curl -s http://127.0.0.1:8080/; do sleep 0.1; done"
 	t.Run("network", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 1000, nil) // the session's own uid, which here reaches nothing of the target's processes
 		spec := joiningSpec(pod, nil)
 		spec.Template.ExecAudit.Mode = backends.ExecAuditRequired
@@ -179,6 +181,7 @@ func TestTarget(t *testing.T) {
 		}
 	})
 	t.Run("processes", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 2000, nil)
 		spec := joiningSpec(pod, withProcesses)
 		spec.Template.ExecAudit.Mode = backends.ExecAuditRequired
@@ -202,6 +205,7 @@ func TestTarget(t *testing.T) {
 		}
 	})
 	t.Run("stopped agent", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 2000, nil)
 		s := startGuest(t, b, joiningSpec(pod, withProcesses))
 		ctx, stop := context.WithCancel(context.Background())
@@ -210,6 +214,7 @@ func TestTarget(t *testing.T) {
 		gone(t, s)
 	})
 	t.Run("files", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 1000, nil)
 		spec := joiningSpec(pod, withProcesses)
 		list, err := b.Targets(context.Background(), spec, pod.Name)
@@ -230,6 +235,7 @@ func TestTarget(t *testing.T) {
 		}
 	})
 	t.Run("deleted", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 2000, nil)
 		s := startGuest(t, b, joiningSpec(pod, nil))
 		// With its whole grace period, which our container, that takes no signal, would have it wait for.
@@ -248,6 +254,7 @@ func TestTarget(t *testing.T) {
 		})
 	})
 	t.Run("container ended", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 1000, func(pod *corev1.Pod) { pod.Spec.RestartPolicy = corev1.RestartPolicyAlways })
 		network := startGuest(t, b, joiningSpec(pod, nil))
 		s := startGuest(t, b, joiningSpec(pod, withFiles))
@@ -259,6 +266,7 @@ func TestTarget(t *testing.T) {
 		look(t, network, "echo the pod is still there", "still there") // it is what is sick that is debugged
 	})
 	t.Run("limits", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 2000, nil)
 		other := joinGate(t, nil)
 		startGuest(t, b, joiningSpec(pod, nil))
@@ -276,16 +284,17 @@ func TestTarget(t *testing.T) {
 		}
 	})
 	t.Run("no such image", func(t *testing.T) {
+		t.Parallel()
 		pod := runTargetPod(t, fixture.ns, 2000, nil)
 		other := joinGate(t, func(c *Config) { c.AgentIn = []string{"*"} })
 		spec := joiningSpec(pod, nil)
-		spec.Template.Image = "sallyport/none:1"
+		spec.Template.Image, spec.Template.PullPolicy = "sallyport/none:1", "never"
 		list, _ := other.Targets(context.Background(), spec, "")
 		spec.Join = &list[0]
 		_, err := other.Start(context.Background(), spec)
 		var said *backends.TextError
-		if !errors.As(err, &said) || said.Text != noImage {
-			t.Errorf("%v", err)
+		if !errors.As(err, &said) || said.Text != noImage || strings.Contains(err.Error(), "end the sandbox") {
+			t.Errorf("%v", err) // the container waits for ever, the user does not
 		}
 	})
 }
@@ -293,6 +302,7 @@ func TestTarget(t *testing.T) {
 // TestTargetLimitRace: many logins at once, over two gates, and never more than the limit get in.
 func TestTargetLimitRace(t *testing.T) {
 	requireCluster(t)
+	t.Parallel()
 	pod := runTargetPod(t, fixture.ns, 2000, nil)
 	gates := []*Backend{joinGate(t, nil), joinGate(t, nil)}
 	var wg sync.WaitGroup
@@ -332,6 +342,7 @@ func TestTargetLimitRace(t *testing.T) {
 // TestTargetRole: a gate with the role of deploy/kubernetes/targets joins; without one of its verbs, each in turn, it does not.
 func TestTargetRole(t *testing.T) {
 	requireCluster(t)
+	t.Parallel()
 	text, err := os.ReadFile("../../deploy/kubernetes/targets/role.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -341,7 +352,7 @@ func TestTargetRole(t *testing.T) {
 		t.Fatal(err)
 	}
 	pod := runTargetPod(t, fixture.ns, 2000, nil)
-	try := func(t *testing.T, rules []rbacv1.PolicyRule) error {
+	try := func(t *testing.T, rules []rbacv1.PolicyRule, whole bool, lacks string) error {
 		b := &Backend{
 			config: Config{AgentIn: []string{targetImage}, Targets: Targets{Namespaces: []string{fixture.ns}, MaxPerTarget: 100}}.WithDefaults(),
 			gate:   "test", log: slog.New(slog.DiscardHandler), cluster: accountWith(t, rules), tries: rate.NewLimiter(triesPerSecond, triesBurst),
@@ -349,6 +360,10 @@ func TestTargetRole(t *testing.T) {
 		defer b.Close()
 		ctx, stop := context.WithTimeout(context.Background(), time.Minute)
 		defer stop()
+		waitFor(t, "what check says", func() bool { // a role takes a moment
+			err := b.MayJoin(ctx)
+			return whole && err == nil || !whole && err != nil && strings.Contains(err.Error(), lacks)
+		})
 		spec := joiningSpec(pod, nil)
 		list, err := b.Targets(ctx, spec, "")
 		if err != nil {
@@ -366,7 +381,7 @@ func TestTargetRole(t *testing.T) {
 		}
 		return err
 	}
-	if err := try(t, role.Rules); err != nil {
+	if err := try(t, role.Rules, true, ""); err != nil {
 		t.Fatalf("with the role: %v", err)
 	}
 	for i, rule := range role.Rules {
@@ -379,7 +394,7 @@ func TestTargetRole(t *testing.T) {
 			// Side by side: an agent that nobody reaches, and that nobody may kill, ends by itself after 30 s.
 			t.Run(rule.Resources[0]+" "+verb, func(t *testing.T) {
 				t.Parallel()
-				if err := try(t, less); err == nil {
+				if err := try(t, less, false, "may not "+verb+" "+rule.Resources[0]+" in "+fixture.ns+": apply"); err == nil {
 					t.Errorf("%v: %s is not needed", rule.Resources, verb)
 				}
 			})

@@ -254,23 +254,31 @@ func (s *sandbox) unscheduled() error {
 
 // trouble says why a pod will not come up, or nil while it may.
 func trouble(pod *corev1.Pod) *backends.TextError {
-	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
-		w := c.State.Waiting
-		if w == nil {
-			continue
+	all := slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses)
+	for i := range all {
+		if why := troubleOfStatus(&all[i]); why != nil {
+			return why
 		}
-		text := ""
-		switch w.Reason {
-		case "ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable":
-			text = noImage
-		case "CreateContainerConfigError", "CreateContainerError", "RunContainerError", "CrashLoopBackOff":
-			text = noStart
-		default:
-			continue
-		}
-		return &backends.TextError{Text: text, Err: fmt.Errorf("container %s, image %s: %s: %s", c.Name, c.Image, w.Reason, w.Message)}
 	}
 	return nil
+}
+
+// troubleOfStatus says why one container waits in vain; nil: it does not.
+func troubleOfStatus(c *corev1.ContainerStatus) *backends.TextError {
+	w := c.State.Waiting
+	if w == nil {
+		return nil
+	}
+	text := ""
+	switch w.Reason {
+	case "ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError", "RegistryUnavailable":
+		text = noImage
+	case "CreateContainerConfigError", "CreateContainerError", "RunContainerError", "CrashLoopBackOff":
+		text = noStart
+	default:
+		return nil
+	}
+	return &backends.TextError{Text: text, Err: fmt.Errorf("container %s, image %s: %s: %s", c.Name, c.Image, w.Reason, w.Message)}
 }
 
 // lookAtEvents finds what a pod's status says late or never: of an image that can't be pulled 10 s later, of a volume that

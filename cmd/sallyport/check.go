@@ -83,6 +83,9 @@ func check(ctx context.Context, name string, out io.Writer) error {
 	way := ""
 	if err == nil {
 		err = backend.Ready(ctx)
+		if joins, ok := backend.(interface{ MayJoin(context.Context) error }); ok && err == nil {
+			err = joins.MayJoin(ctx)
+		}
 		transport, why := backend.Transport()
 		way = "sandboxes are reached by " + transport + ": " + why
 		backend.Close()
