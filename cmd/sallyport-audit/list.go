@@ -47,8 +47,9 @@ type summary struct {
 	Cause    string           `json:"cause,omitempty"`
 	Imported string           `json:"imported_from,omitempty"` // the format that the log was made from
 	State    auditlog.State   `json:"state"`
-	Indexed  bool             `json:"from_index,omitempty"` // the log was not read
-	Report   *auditlog.Report `json:"report,omitempty"`     // of a damaged one
+	Indexed  bool             `json:"from_index,omitempty"`     // the log was not read
+	Unread   uint64           `json:"unread_records,omitempty"` // for want of an identity
+	Report   *auditlog.Report `json:"report,omitempty"`         // of a damaged one
 
 	hasCommand, hasFile bool // as a selection wants it
 }
@@ -62,7 +63,7 @@ func (t *tool) listCommand() *cobra.Command {
 alternatives. The state is that of the log: sealed (whole), interrupted (the gate was killed; whole as far as it came), live, damaged.
 
 Of those that are marked "(index)" the log was not read: what is told of them, their state too, is what the gate wrote into its index,
-signed. It has a session's last ticket alone. See --no-index, and verify.`,
+signed. It has a session's last ticket alone. See --no-index, and verify. The exit code is 0 whatever the states are: see verify.`,
 		Example: `  sallyport-audit list /var/lib/sallyport/log
   sallyport-audit list --user alice --since yesterday
   sallyport-audit list --since 2026-03-01 --until 2026-03-31 --ticket 'OPS-*' -o json
@@ -120,7 +121,19 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection,
 	if w != nil && err == nil {
 		err = w.flush()
 	}
+	if err == nil && read == 0 {
+		s.tellEmpty(stderr, orStore(dir, t.store))
+	}
 	return err
+}
+
+// tellEmpty says that a store has no session at all, or none of the days that are asked for: a prefix that is mistyped looks the same.
+func (s *selection) tellEmpty(stderr io.Writer, store string) {
+	when := ""
+	if !s.after.IsZero() || !s.before.IsZero() {
+		when = " of these days"
+	}
+	fmt.Fprintf(stderr, "sallyport-audit: there is no session%s in %s\n", when, clean(store))
 }
 
 // counted tells on the way how many logs were begun.
@@ -149,7 +162,7 @@ func summarize(ctx context.Context, r *auditlog.SessionReader, s *selection) *su
 
 // finish adds what is known at the end.
 func (s *summary) finish(rep auditlog.Report) {
-	s.ID, s.State, s.Gate = rep.ID, rep.State, rep.Gate
+	s.ID, s.State, s.Gate, s.Unread = rep.ID, rep.State, rep.Gate, rep.Unread
 	if !rep.Start.IsZero() {
 		s.Start = rep.Start
 	}

@@ -432,12 +432,16 @@ func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
 				Strange   []any          `json:"starts_of_nothing_known,omitempty"`
 				Loose     []any          `json:"connects_of_nothing_known,omitempty"`
 				Cut       int            `json:"more_records,omitempty"`
-			}{rep.ID, s.User, rep.State, audit, jsonPrograms(all.roots, func(exec uint64) uint32 { return channels[exec] }, 0), bodies(all.outside), bodies(all.strange), bodies(all.loose), all.cut})
+				Unread    uint64         `json:"unread_records,omitempty"` // for want of an identity
+			}{rep.ID, s.User, rep.State, audit, jsonPrograms(all.roots, func(exec uint64) uint32 { return channels[exec] }, 0), bodies(all.outside), bodies(all.strange), bodies(all.loose), all.cut, rep.Unread})
 		} else {
 			w := &textWriter{w: out}
 			w.line("session %s: %s", rep.ID, rep.State)
 			w.field("user", s.User)
-			w.field("programs", map[bool]string{true: "not reported", false: "reported from inside"}[audit == "" || strings.HasPrefix(audit, "off")], audit)
+			w.field("not shown", unreadText(rep))
+			if audit != "" || rep.Unread == 0 {
+				w.field("programs", map[bool]string{true: "not reported", false: "reported from inside"}[audit == "" || strings.HasPrefix(audit, "off")], audit)
+			}
 			// One channel after the other, in the order of their first programs.
 			for len(all.roots) > 0 {
 				channel := channels[all.roots[0].exec.Exec]

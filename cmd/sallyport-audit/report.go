@@ -92,6 +92,7 @@ type reportRow struct {
 // reportSum is what stands after the table.
 type reportSum struct {
 	Sessions, Alerts, Damaged, Users int
+	Unread                           int // sessions of which not all could be read
 	States                           []pair
 }
 
@@ -110,7 +111,10 @@ type reportSession struct {
 
 type reportMoment struct{ Time, Who, Channel, Text string }
 type reportFile struct{ Time, What, Path, Bytes, Result, SHA256 string }
-type reportLine struct{ Time, Where, Text string }
+type reportLine struct {
+	Time, Where, Text string
+	at                time.Time
+}
 
 // reportWriter writes a report part by part.
 type reportWriter interface {
@@ -162,6 +166,10 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 			sum.Alerts += int(m.Alerts)
 			if states[m.State]++; m.State == auditlog.Damaged {
 				sum.Damaged++
+				t.damage.add(*m.Report)
+			}
+			if m.Unread > 0 {
+				sum.Unread++
 			}
 			if len(users) < maxPrograms {
 				users[m.User] = struct{}{}
@@ -229,6 +237,9 @@ func (t *tool) reportHead(id string, o *reportOptions) reportHead {
 	return h
 }
 
+// encryptedNote stands in a report that was made without an identity that opens the log.
+const encryptedNote = "It is encrypted, and was not read in full: what is not told here may have happened all the same."
+
 func nonEmpty(s string) []string {
 	if s == "" {
 		return nil
@@ -255,10 +266,15 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, 
 			s.LinesCut = true
 			return
 		}
-		s.Lines = append(s.Lines, reportLine{t.clock(line.at), fmt.Sprint(line.channel, " ", line.where()), clean(line.text)})
+		s.Lines = append(s.Lines, reportLine{t.clock(line.at), fmt.Sprint(line.channel, " ", line.where()), clean(line.text), line.at})
 	})
 	r := l.reader(log)
 	defer l.count(r, m)
+	defer func() {
+		if m == nil { // else its row has told
+			t.damage.add(r.Report())
+		}
+	}()
 	for rec := range r.Records(ctx) {
 		a.add(rec)
 		if !s.LinesCut {
@@ -272,6 +288,7 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, 
 		return s, err
 	}
 	lines.finish()
+	slices.SortStableFunc(s.Lines, func(a, b reportLine) int { return a.at.Compare(b.at) }) // see inOrder
 	a.end(r.Report())
 	t.reportFacts(&s, a)
 	moments, cut := t.moments(a)
@@ -315,11 +332,15 @@ func (t *tool) reportFacts(s *reportSession, a *account) {
 	default:
 		s.StateNote = "The log is damaged. What is told here is what can still be read of it."
 	}
+	if a.report.Unread > 0 {
+		s.StateNote += " " + encryptedNote
+	}
 	fact := func(name, value string) {
 		if value != "" {
 			s.Facts = append(s.Facts, pair{name, clean(value)})
 		}
 	}
+	fact("not shown", unreadText(a.report))
 	fact("user", a.User)
 	fact("groups", strings.Join(a.Groups, ", "))
 	fact("from", a.Source)

@@ -70,6 +70,7 @@ func (s *selection) prepare(now time.Time, loc *time.Location) (err error) {
 			if err != nil {
 				return fmt.Errorf("--source %q: want an address or a network (192.0.2.0/24)", v)
 			}
+			a = a.Unmap() // ::ffff:192.0.2.1 is 192.0.2.1
 			p = netip.PrefixFrom(a, a.BitLen())
 		}
 		s.networks = append(s.networks, p.Masked())

@@ -77,7 +77,7 @@ func TestList(t *testing.T) {
 	}{
 		{"", "many plain rich"}, {"--user bob", "rich"}, {"--user al*", "many plain"}, {"--user alice,bob", "many plain rich"}, {"--user nobody", ""},
 		{"--group dba", "rich"}, {"--group d?", ""}, {"--ticket OPS-1", "rich"}, {"--ticket OPS-2", "rich"}, {"--ticket OPS-3", ""},
-		{"--image *debug:1", "rich"}, {"--session-profile debug", "rich"}, {"--source 192.0.2.0/24", "many plain"}, {"--source 2001:db8::/32", "rich"}, {"--source 192.0.2.8", ""},
+		{"--image *debug:1", "rich"}, {"--session-profile debug", "rich"}, {"--source 192.0.2.0/24", "many plain"}, {"--source ::ffff:192.0.2.7", "many plain"}, {"--source 2001:db8::/32", "rich"}, {"--source 192.0.2.8", ""},
 		{"--since 1h", "many plain rich"}, {"--until 1h", ""}, {"--until today", "many plain rich"}, {"--since 2001-01-01 --until 2001-02-01", ""}, {"--since 2001-01-01", "many plain rich"},
 		{"--has-command curl", "rich"}, {"--has-command curl*x", "rich"}, {"--has-command make", "rich"}, {"--has-command 105", "many"}, {"--has-command wget", ""},
 		{"--has-file /home/*.csv", "rich"}, {"--has-file up.csv", "rich"}, {"--has-file .txt", ""}, {"--alerts", "rich"}, {"--cause client-left", "many plain rich"}, {"--cause idle", ""},
