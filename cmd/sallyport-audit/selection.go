@@ -37,7 +37,7 @@ func (s *selection) flags(f *pflag.FlagSet) {
 	f.StringSliceVarP(&s.groups, "group", "g", nil, "only of users in this `group`")
 	f.StringSliceVar(&s.tickets, "ticket", nil, "only under this `ticket`")
 	f.StringSliceVar(&s.sources, "source", nil, "only from this `address` or network (192.0.2.0/24)")
-	f.StringSliceVar(&s.images, "image", nil, "only in a sandbox of this `image`")
+	f.StringSliceVar(&s.images, "image", nil, "only in a sandbox of this `image`, by its name or digest")
 	f.StringSliceVar(&s.profiles, "session-profile", nil, "only under this `profile` of policy")
 	f.StringSliceVar(&s.causes, "cause", nil, "only that ended by this `cause`: expired, revoked, idle, client-left, ...")
 	f.StringSliceVar(&s.states, "state", nil, "only logs in this `state`: sealed, interrupted, live, damaged")
@@ -174,7 +174,7 @@ func (s *selection) match(m *summary) bool {
 	}
 	switch {
 	case !s.after.IsZero() && m.Start.Before(s.after), !s.before.IsZero() && !m.Start.Before(s.before):
-	case !has(s.users, m.User), !has(s.groups, m.Groups...), !has(s.tickets, append(m.Tickets[:len(m.Tickets):len(m.Tickets)], m.Ticket)...), !has(s.images, m.Image):
+	case !has(s.users, m.User), !has(s.groups, m.Groups...), !has(s.tickets, append(m.Tickets[:len(m.Tickets):len(m.Tickets)], m.Ticket)...), !has(s.images, m.Image, m.Digest):
 	case !has(s.profiles, m.Profile), !has(s.causes, m.Cause), !has(s.states, string(m.State)):
 	case s.command != "" && !m.hasCommand, s.file != "" && !m.hasFile, s.alerts && m.Alerts == 0:
 	default:

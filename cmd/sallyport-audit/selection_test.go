@@ -59,7 +59,7 @@ func TestList(t *testing.T) {
 		session(t, l, "plain", nil)
 		session(t, l, "rich", map[uint32][]auditlog.Body{
 			0: {&auditlog.Connect{Source: "[2001:db8::7]:4022"}, &auditlog.Decision{Allow: true, User: "bob", Groups: []string{"ops", "dba"}, Ticket: "OPS-1", Profile: "debug"},
-				&auditlog.Decision{Allow: true, User: "bob", Ticket: "OPS-2", Profile: "debug"}, &auditlog.Sandbox{Image: "registry/debug:1"}, &auditlog.Alert{Name: "a"}},
+				&auditlog.Decision{Allow: true, User: "bob", Ticket: "OPS-2", Profile: "debug"}, &auditlog.Sandbox{Image: "registry/debug:1", Digest: "sha256:12ab"}, &auditlog.Alert{Name: "a"}},
 			1: {&auditlog.Request{Type: "exec", Command: []byte("make it"), OK: true}, &auditlog.ProgramExec{Exec: 1, Args: [][]byte{[]byte("curl"), []byte("-T"), []byte("x")}, Path: []byte("/usr/bin/curl")},
 				&auditlog.Transfer{Op: "file", Path: []byte("up.csv"), Resolved: []byte("/home/up.csv")}},
 		})
@@ -77,7 +77,7 @@ func TestList(t *testing.T) {
 	}{
 		{"", "many plain rich"}, {"--user bob", "rich"}, {"--user al*", "many plain"}, {"--user alice,bob", "many plain rich"}, {"--user nobody", ""},
 		{"--group dba", "rich"}, {"--group d?", ""}, {"--ticket OPS-1", "rich"}, {"--ticket OPS-2", "rich"}, {"--ticket OPS-3", ""},
-		{"--image *debug:1", "rich"}, {"--session-profile debug", "rich"}, {"--source 192.0.2.0/24", "many plain"}, {"--source ::ffff:192.0.2.7", "many plain"}, {"--source 2001:db8::/32", "rich"}, {"--source 192.0.2.8", ""},
+		{"--image *debug:1", "rich"}, {"--image sha256:12ab", "rich"}, {"--image sha256:12", ""}, {"--session-profile debug", "rich"}, {"--source 192.0.2.0/24", "many plain"}, {"--source ::ffff:192.0.2.7", "many plain"}, {"--source 2001:db8::/32", "rich"}, {"--source 192.0.2.8", ""},
 		{"--since 1h", "many plain rich"}, {"--until 1h", ""}, {"--until today", "many plain rich"}, {"--since 2001-01-01 --until 2001-02-01", ""}, {"--since 2001-01-01", "many plain rich"},
 		{"--has-command curl", "rich"}, {"--has-command curl*x", "rich"}, {"--has-command make", "rich"}, {"--has-command 105", "many"}, {"--has-command wget", ""},
 		{"--has-file /home/*.csv", "rich"}, {"--has-file up.csv", "rich"}, {"--has-file .txt", ""}, {"--alerts", "rich"}, {"--cause client-left", "many plain rich"}, {"--cause idle", ""},
