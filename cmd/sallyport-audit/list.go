@@ -260,6 +260,14 @@ func (t *tool) time(v time.Time) string {
 	return v.Local().Format("2006-01-02 15:04:05")
 }
 
+// stamp is a time with what it is ahead of UTC: what is read elsewhere, and later, is to be understood there.
+func (t *tool) stamp(v time.Time) string {
+	if v.IsZero() || t.utc {
+		return t.time(v)
+	}
+	return v.Local().Format("2006-01-02 15:04:05 -07:00")
+}
+
 // number is a count, or a dash for none.
 func number(n uint64) string {
 	if n == 0 {

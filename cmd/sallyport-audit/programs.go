@@ -206,6 +206,21 @@ func (t *tool) clock(at time.Time) string {
 	return at.Local().Format("15:04:05.000")
 }
 
+// clockFrom gives the clock's time of moments that come one after the other, with the day where it is another than that of the one
+// before; start is what comes before the first.
+func (t *tool) clockFrom(start time.Time) func(at time.Time) string {
+	zone := t.zone()
+	last := start.In(zone).Format(time.DateOnly)
+	return func(at time.Time) string {
+		day := at.In(zone).Format(time.DateOnly)
+		if day == last || start.IsZero() {
+			return t.clock(at)
+		}
+		last = day
+		return day + " " + t.clock(at)
+	}
+}
+
 // appendPrograms adds programs that have the same parent, whose directory that is, with all below them.
 func appendPrograms(all []insideLine, programs []*program, dir []byte, depth int) []insideLine {
 	missed := 0

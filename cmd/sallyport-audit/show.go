@@ -273,12 +273,18 @@ func (t *tool) tellAccount(w *textWriter, a *account) {
 	all, cut := t.moments(a)
 	w.line("")
 	w.line("what happened (gate: seen by the gate; inside: reported from inside; ?: not known)")
+	clock := t.clockFrom(a.Start)
 	for _, m := range all {
 		number := ""
 		if m.channel > 0 {
 			number = fmt.Sprint(m.channel)
 		}
-		w.lead = fmt.Sprintf("  %s %-6s %3s  ", t.clock(m.at), m.who, number)
+		at := clock(m.at)
+		if day, rest, other := strings.Cut(at, " "); other {
+			w.line("  %s", day)
+			at = rest
+		}
+		w.lead = fmt.Sprintf("  %s %-6s %3s  ", at, m.who, number)
 		m.tell(w)
 	}
 	w.lead = "  "
