@@ -47,7 +47,8 @@ func (t *tool) exportCommand() *cobra.Command {
 An export is a copy: it has no signature, and proves nothing by itself.`,
 		Example: `  sallyport-audit export latest --format asciicast-v3 --out session.cast
   sallyport-audit export 01JD --format text
-  sallyport-audit export --format ocsf --since yesterday > events.jsonl`,
+  sallyport-audit export --format ocsf --since yesterday > events.jsonl
+  sallyport-audit export --format ocsf --since yesterday --gate-logs >> events.jsonl`,
 		ValidArgsFunction: t.completeSessions,
 		RunE: func(c *cobra.Command, args []string) error {
 			if !slices.Contains(exportFormats, o.format) {
@@ -69,6 +70,7 @@ An export is a copy: it has no signature, and proves nothing by itself.`,
 	f.BoolVar(&o.raw, "raw", false, "of a recording: with all escape sequences, as they were")
 	f.StringVar(&o.to, "out", "", "write to this file, which must not be there yet (default: standard output)")
 	o.flags(f)
+	o.gateFlag(f)
 	_ = c.MarkFlagRequired("format")
 	_ = c.RegisterFlagCompletionFunc("format", cobra.FixedCompletions(exportFormats, cobra.ShellCompDirectiveNoFileComp))
 	return c

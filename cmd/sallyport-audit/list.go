@@ -42,6 +42,7 @@ type summary struct {
 	Files    uint64           `json:"files"`    // operations on files that the gate saw
 	Forwards uint64           `json:"forwards"`
 	Alerts   uint64           `json:"alerts"`
+	Refused  uint64           `json:"refused,omitempty"` // connections, of a gate's own log
 	Input    uint64           `json:"input_bytes"`
 	Output   uint64           `json:"output_bytes"`
 	Cause    string           `json:"cause,omitempty"`
@@ -68,7 +69,8 @@ signed. It has a session's last ticket alone. See --no-index, and verify. The ex
   sallyport-audit list --user alice --since yesterday
   sallyport-audit list --since 2026-03-01 --until 2026-03-31 --ticket 'OPS-*' -o json
   sallyport-audit list --source 192.0.2.0/24 --has-command curl --alerts
-  sallyport-audit list --cause expired,revoked --state damaged,interrupted`,
+  sallyport-audit list --cause expired,revoked --state damaged,interrupted
+  sallyport-audit list --gate-logs --since 1w`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := s.prepare(time.Now(), t.zone()); err != nil {
 				return err
@@ -79,6 +81,7 @@ signed. It has a session's last ticket alone. See --no-index, and verify. The ex
 		},
 	}
 	s.flags(c.Flags())
+	s.gateFlag(c.Flags())
 	c.Flags().BoolVar(&noIndex, "no-index", false, "read every session's log")
 	return c
 }
@@ -89,7 +92,7 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection,
 		return err
 	}
 	defer l.Close()
-	if !noIndex {
+	if !noIndex && !s.gateLogs { // which has sessions alone
 		if l.index, err = t.index(ctx, l.source, l.keys, s.after); err != nil {
 			return err
 		}
@@ -114,6 +117,9 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection,
 		if len(m.Commands) == 1 {
 			commands = short(clean(m.Commands[0]), 40)
 		}
+		if m.Refused > 0 {
+			commands = fmt.Sprintf("%d refused", m.Refused)
+		}
 		w.row(m.ID, dash(clean(m.User)), dash(clean(m.Ticket)), dash(clean(m.Source)), t.time(m.Start),
 			m.End.Sub(m.Start).Round(time.Second/10).String(), commands, size(m.Input+m.Output), number(m.Alerts), state, dash(clean(m.Cause)))
 		return w.err
@@ -133,7 +139,11 @@ func (s *selection) tellEmpty(stderr io.Writer, store string) {
 	if !s.after.IsZero() || !s.before.IsZero() {
 		when = " of these days"
 	}
-	fmt.Fprintf(stderr, "sallyport-audit: there is no session%s in %s\n", when, clean(store))
+	what := "session"
+	if s.gateLogs {
+		what = "log of a gate's own"
+	}
+	fmt.Fprintf(stderr, "sallyport-audit: there is no %s%s in %s\n", what, when, clean(store))
 }
 
 // counted tells on the way how many logs were begun.
@@ -212,6 +222,8 @@ func (s *summary) add(rec auditlog.Record) {
 		s.Forwards++
 	case *auditlog.Alert, *auditlog.Unaudited:
 		s.Alerts++
+	case *auditlog.Refused:
+		s.Refused += b.Count
 	case *auditlog.Import:
 		s.Imported = bounded(b.Format)
 	case *auditlog.End:

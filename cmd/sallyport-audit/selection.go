@@ -25,6 +25,7 @@ type selection struct {
 	command      string
 	file         string
 	alerts       bool
+	gateLogs     bool // not the sessions
 	limit        int
 
 	after, before time.Time // of since and until; zero: no bound
@@ -47,6 +48,11 @@ func (s *selection) flags(f *pflag.FlagSet) {
 	f.StringVar(&s.file, "has-file", "", "only with a transfer of a file whose path has this `text`")
 	f.BoolVar(&s.alerts, "alerts", false, "only with an alert")
 	f.IntVarP(&s.limit, "limit", "n", 0, "stop after this many (0: no limit)")
+}
+
+// gateFlag adds the flag by which a command takes the gates' own logs.
+func (s *selection) gateFlag(f *pflag.FlagSet) {
+	f.BoolVar(&s.gateLogs, "gate-logs", false, "the gates' own logs, not the sessions: who was refused before a key was proven, from where, how often")
 }
 
 // prepare checks what the flags say. Times without a zone are in loc.
@@ -142,9 +148,13 @@ func (s *selection) logs(ctx context.Context, src auditlog.Source) iter.Seq2[aud
 		last = time.Now().Add(day) // a gate's clock may be ahead
 	}
 	first, end := s.after.UTC().Format(layout), last.UTC().Format(layout)
-	if s.after.IsZero() || last.Sub(s.after) > maxDays*day {
+	prefix := auditlog.SessionPrefix
+	if s.gateLogs {
+		prefix = auditlog.GatePrefix
+	}
+	if s.gateLogs || s.after.IsZero() || last.Sub(s.after) > maxDays*day {
 		return func(yield func(auditlog.Stored, error) bool) {
-			for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix) {
+			for log, err := range auditlog.Logs(ctx, src, prefix) {
 				if err == nil && len(log.Segments) > 0 && (!s.after.IsZero() && log.Name.Day < first || !s.before.IsZero() && log.Name.Day > end) {
 					continue
 				}
@@ -172,8 +182,12 @@ func (s *selection) match(m *summary) bool {
 			return slices.ContainsFunc(have, func(h string) bool { return glob(w, h) })
 		})
 	}
+	first := m.Start
+	if s.gateLogs { // one goes on all day
+		first = m.End
+	}
 	switch {
-	case !s.after.IsZero() && m.Start.Before(s.after), !s.before.IsZero() && !m.Start.Before(s.before):
+	case !s.after.IsZero() && first.Before(s.after), !s.before.IsZero() && !m.Start.Before(s.before):
 	case !has(s.users, m.User), !has(s.groups, m.Groups...), !has(s.tickets, append(m.Tickets[:len(m.Tickets):len(m.Tickets)], m.Ticket)...), !has(s.images, m.Image, m.Digest):
 	case !has(s.profiles, m.Profile), !has(s.causes, m.Cause), !has(s.states, string(m.State)):
 	case s.command != "" && !m.hasCommand, s.file != "" && !m.hasFile, s.alerts && m.Alerts == 0:

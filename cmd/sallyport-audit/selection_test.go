@@ -107,3 +107,38 @@ func TestList(t *testing.T) {
 		}
 	}
 }
+
+// Who never proved a key is in no session: the gates' own logs are listed and exported if asked for, and else not.
+func TestGateLogs(t *testing.T) {
+	dir := t.TempDir()
+	writeLog(t, dir, func(l *auditlog.Log) {
+		session(t, l, "s1", nil)
+		l.Refused(auditlog.Refused{Source: "203.0.113.9", Users: []string{hostile}, Reason: "no key was proven", Count: 3})
+	})
+	for _, c := range []struct {
+		args      string
+		want, not string
+	}{
+		{"list --gate-logs", "  3 refused  ", "s1"}, {"list --gate-logs -o json", `"refused":3`, "s1"}, {"list", "s1", "refused"},
+		{"list --gate-logs --since 1h", "  3 refused  ", "s1"}, {"list --gate-logs --since 2001-01-01 --until 2001-01-02", "CAUSE", "refused"},
+		{"export -f ocsf --gate-logs", `"activity_name":"Refuse"`, `"correlation_uid":"s1"`}, {"export -f ocsf", `"correlation_uid":"s1"`, `"activity_name":"Refuse"`},
+		{"export -f jsonl --gate-logs", `"source":"203.0.113.9"`, `"session":"s1"`},
+	} {
+		out, errs, code := audit(t, append(strings.Fields(c.args), "--store", dir)...)
+		if code != 0 || !strings.Contains(out, c.want) || strings.Contains(out, c.not) || strings.Contains(out, "\x1b") {
+			t.Errorf("%s: code %d %s\n%s", c.args, code, errs, out)
+		}
+	}
+	if _, errs, code := audit(t, "list", "--gate-logs", t.TempDir()); code != 0 || !strings.Contains(errs, "there is no log of a gate's own in /") {
+		t.Errorf("code %d %s", code, errs)
+	}
+	// A gate's log goes on all day: what ended after a time is of that time.
+	now := time.Now()
+	s := selection{gateLogs: true, after: now.Add(-time.Hour)}
+	if m := (&summary{Start: now.Add(-9 * time.Hour), End: now}); !s.match(m) {
+		t.Error("a log that goes on is left out")
+	}
+	if m := (&summary{Start: now.Add(-9 * time.Hour), End: now.Add(-8 * time.Hour)}); s.match(m) {
+		t.Error("a log that had ended is taken")
+	}
+}
