@@ -165,9 +165,14 @@ type insideLine struct {
 func (l insideLine) indent() string { return strings.Repeat("  ", min(l.depth, maxDepth)) }
 
 // tell prints the tree.
-func (p *programs) tell(w *textWriter, t *tool) {
+func (p *programs) tell(w *textWriter, clock func(time.Time) string) {
 	for _, l := range p.lines(p.roots, true) {
-		w.line("  %s  %s%s", t.clock(l.at), l.indent(), l.text)
+		at := clock(l.at)
+		if day, rest, other := strings.Cut(at, " "); other {
+			w.line("  %s", day)
+			at = rest
+		}
+		w.line("  %s  %s%s", at, l.indent(), l.text)
 		for _, note := range l.notes {
 			w.line("  %12s  %s  ! %s", "", l.indent(), note)
 		}
@@ -453,6 +458,8 @@ func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
 			w := &textWriter{w: out}
 			w.line("session %s: %s", rep.ID, rep.State)
 			w.field("user", s.User)
+			w.field("began", t.time(rep.Start))
+			clock := t.clockFrom(rep.Start)
 			w.field("not shown", unreadText(rep))
 			if audit != "" || rep.Unread == 0 {
 				w.field("programs", map[bool]string{true: "not reported", false: "reported from inside"}[audit == "" || strings.HasPrefix(audit, "off")], audit)
@@ -470,9 +477,9 @@ func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
 					own.roots = append(own.roots, n)
 					return true
 				})
-				own.tell(w, t)
+				own.tell(w, clock)
 			}
-			all.tell(w, t)
+			all.tell(w, clock)
 			for _, p := range rep.Problems {
 				w.line("damaged: %s", clean(p.String()))
 			}

@@ -148,6 +148,7 @@ func TestDays(t *testing.T) {
 		}
 		at("2026-03-01 22:31:00", 1, &auditlog.Request{Type: "exec", Command: []byte("before"), OK: true}, out("evening\n"))
 		at("2026-03-02 00:32:00", 2, &auditlog.Request{Type: "exec", Command: []byte("after"), OK: true}, out("night\n"), &auditlog.Transfer{Op: "file", Path: []byte("/x")})
+		at("2026-03-02 00:32:30", 1, &auditlog.ProgramExec{Exec: 1, Args: [][]byte{[]byte("owl")}})
 		at("2026-03-02 00:33:00", 2, &auditlog.Request{Type: "exec", Command: []byte("later"), OK: true})
 		r.SetTime(time.Date(2026, 3, 2, 0, 34, 0, 0, time.UTC))
 		if err := r.Close(&auditlog.End{Cause: "idle"}); err != nil {
@@ -166,6 +167,7 @@ func TestDays(t *testing.T) {
 		{"report night --utc", []string{"<td>2026-03-01 22:30:00Z</td>", "Times are UTC", `>2026-03-02 00:32:00.000</td><td class="who">gate`, `>00:33:00.000</td>`, `>2026-03-02 00:32:00.000</td><td>2 output`, `>2026-03-02 00:32:00.000</td><td>file`}, nil},
 		{"report night", []string{"<td>2026-03-02 00:00:00 &#43;01:30</td>", "Times are local", ">00:01:00.000</td>"}, []string{`class="nowrap">2026-03-02`}},
 		{"report night -f md --utc", []string{"    2026-03-02 00:32:00.000 gate     2  exec"}, nil},
+		{"commands night --utc", []string{"began      2026-03-01 22:30:00Z\n", "\n  2026-03-02\n  00:32:30.000  owl"}, nil},
 		{"report", []string{">2026-03-02 00:00:00 &#43;01:30</td>"}, nil},
 	} {
 		out, errs, code := audit(t, append(strings.Fields(c.args), "--store", dir)...)
