@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -57,7 +58,7 @@ An export is a copy: it has no signature, and proves nothing by itself.`,
 			if strings.HasPrefix(o.format, "asciicast") && len(args) == 0 {
 				return errors.New("export: a recording is of one session: say its ID")
 			}
-			if err := o.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), oneOrMany(args)), o.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			return intoFile(o.to, c.OutOrStdout(), func(out io.Writer) error { return t.export(c.Context(), oneOrMany(args), &o, out) })

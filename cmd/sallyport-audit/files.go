@@ -169,7 +169,7 @@ as the sandbox resolved them. A hash is of the whole file, or of the bytes that 
   sallyport-audit files --has-file .csv -o json`,
 		ValidArgsFunction: t.completeSessions,
 		RunE: func(c *cobra.Command, args []string) error {
-			if err := s.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), oneOrMany(args), "has-file"), s.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			return t.paged(c, func(out io.Writer) error { return t.files(c.Context(), oneOrMany(args), &s, out) })
@@ -393,7 +393,7 @@ func keep(temp *os.File, name string) error {
 	// A file system without links, as of a USB stick.
 	to, cerr := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if cerr != nil {
-		return errors.Join(err, cerr)
+		return cerr
 	}
 	if _, err = temp.Seek(0, io.SeekStart); err == nil {
 		_, err = io.Copy(to, temp)

@@ -55,7 +55,7 @@ copy: what proves it is the log, and the report says with which command.`,
 			if !slices.Contains(reportFormats, o.format) {
 				return fmt.Errorf("--format %q: want html or markdown", o.format)
 			}
-			if err := o.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), oneOrMany(args)), o.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			return intoFile(o.to, c.OutOrStdout(), func(out io.Writer) error { return t.report(c.Context(), oneOrMany(args), &o, out) })

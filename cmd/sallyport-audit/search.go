@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -64,7 +65,7 @@ was read is damaged.`,
 			if err != nil {
 				return err
 			}
-			if err := o.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), o.id, "limit"), o.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			for _, p := range o.in {

@@ -55,6 +55,19 @@ func (s *selection) gateFlag(f *pflag.FlagSet) {
 	f.BoolVar(&s.gateLogs, "gate-logs", false, "the gates' own logs, not the sessions: who was refused before a key was proven, from where, how often")
 }
 
+// choosing are the flags by which sessions are chosen.
+var choosing = []string{"user", "group", "ticket", "source", "image", "session-profile", "cause", "state", "since", "until", "has-command", "has-file", "alerts", "limit", "gate-logs"}
+
+// notBoth says that a session was named and others chosen; what a command uses for both is left out.
+func notBoth(f *pflag.FlagSet, id string, uses ...string) error {
+	for _, name := range choosing {
+		if id != "" && f.Changed(name) && !slices.Contains(uses, name) {
+			return fmt.Errorf("%s and --%s: name a session, or choose some", clean(id), name)
+		}
+	}
+	return nil
+}
+
 // prepare checks what the flags say. Times without a zone are in loc.
 func (s *selection) prepare(now time.Time, loc *time.Location) (err error) {
 	if s.limit < 0 {

@@ -98,6 +98,22 @@ func TestList(t *testing.T) {
 			t.Errorf("list %s: code %d %s", bad, code, errs)
 		}
 	}
+	for _, both := range []string{"export plain -f text --user bob", "report plain --since today", "files plain --alerts", "search x --session plain --ticket T"} {
+		if _, errs, code := audit(t, append(strings.Fields(both), "--store", dir)...); code != 1 || !strings.Contains(errs, "name a session, or choose some") {
+			t.Errorf("%s: code %d %s", both, code, errs)
+		}
+	}
+	for _, one := range []string{"files rich --has-file up.csv", "search make --session rich --limit 1"} {
+		if out, errs, code := audit(t, append(strings.Fields(one), "--store", dir)...); code != 0 || out == "" {
+			t.Errorf("%s: code %d %s", one, code, errs)
+		}
+	}
+	list := new(tool)
+	for _, name := range choosing { // none that is not there
+		if c, _, err := list.command().Find([]string{"export"}); err != nil || c.Flags().Lookup(name) == nil {
+			t.Errorf("no flag %s: %v", name, err)
+		}
+	}
 	if out, _, _ := audit(t, "list", dir, "--user", "bob", "-o", "json"); !strings.Contains(out, `"groups":["ops","dba"],"ticket":"OPS-2","tickets":["OPS-1","OPS-2"]`) {
 		t.Errorf("list: %s", out)
 	}
