@@ -35,6 +35,7 @@ type tool struct {
 	cache   string   // file of an index that the auditor made
 	ids     []age.Identity
 	unread  unread
+	damage  damage
 }
 
 // source is a store that is open for reading.
@@ -43,8 +44,8 @@ type source interface {
 	io.Closer
 }
 
-func newCommand() *cobra.Command {
-	t := &tool{}
+// command is the program, with all its commands.
+func (t *tool) command() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "sallyport-audit",
 		Short: "Read and verify the audit logs of a Sallyport gate",
@@ -77,7 +78,6 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 			}
 			return nil
 		},
-		PersistentPostRunE: func(*cobra.Command, []string) error { return t.unread.err(len(t.idFiles) > 0) },
 	}
 	f := root.PersistentFlags()
 	f.StringVar(&t.store, "store", "", "the logs: a directory, or s3://BUCKET/PREFIX (default $"+storeEnv+")")
@@ -100,7 +100,23 @@ Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 	root.AddCommand(t.listCommand(), t.showCommand(), t.commandsCommand(), t.filesCommand(), t.extractCommand(), t.catCommand(),
 		t.searchCommand(), t.playCommand(), t.exportCommand(), t.reportCommand(), t.verifyCommand(), t.checkpointCommand(), t.indexCommand(),
 		t.importCommand(), t.manCommand(), t.versionCommand())
+	tellUse(root)
 	return root
+}
+
+// tellUse adds to the error about a command's arguments how it is used.
+func tellUse(c *cobra.Command) {
+	if check := c.Args; check != nil && c.HasParent() {
+		c.Args = func(c *cobra.Command, args []string) error {
+			if err := check(c, args); err != nil {
+				return fmt.Errorf("%w: want %s", err, c.UseLine())
+			}
+			return nil
+		}
+	}
+	for _, sub := range c.Commands() {
+		tellUse(sub)
+	}
 }
 
 func (t *tool) versionCommand() *cobra.Command {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,7 +48,8 @@ func (t *tool) exportCommand() *cobra.Command {
 An export is a copy: it has no signature, and proves nothing by itself.`,
 		Example: `  sallyport-audit export latest --format asciicast-v3 --out session.cast
   sallyport-audit export 01JD --format text
-  sallyport-audit export --format ocsf --since yesterday > events.jsonl`,
+  sallyport-audit export --format ocsf --since yesterday > events.jsonl
+  sallyport-audit export --format ocsf --since yesterday --gate-logs >> events.jsonl`,
 		ValidArgsFunction: t.completeSessions,
 		RunE: func(c *cobra.Command, args []string) error {
 			if !slices.Contains(exportFormats, o.format) {
@@ -56,7 +58,7 @@ An export is a copy: it has no signature, and proves nothing by itself.`,
 			if strings.HasPrefix(o.format, "asciicast") && len(args) == 0 {
 				return errors.New("export: a recording is of one session: say its ID")
 			}
-			if err := o.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), oneOrMany(args)), o.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			return intoFile(o.to, c.OutOrStdout(), func(out io.Writer) error { return t.export(c.Context(), oneOrMany(args), &o, out) })
@@ -69,6 +71,7 @@ An export is a copy: it has no signature, and proves nothing by itself.`,
 	f.BoolVar(&o.raw, "raw", false, "of a recording: with all escape sequences, as they were")
 	f.StringVar(&o.to, "out", "", "write to this file, which must not be there yet (default: standard output)")
 	o.flags(f)
+	o.gateFlag(f)
 	_ = c.MarkFlagRequired("format")
 	_ = c.RegisterFlagCompletionFunc("format", cobra.FixedCompletions(exportFormats, cobra.ShellCompDirectiveNoFileComp))
 	return c
@@ -114,7 +117,7 @@ func (t *tool) export(ctx context.Context, id string, o *exportOptions, out io.W
 		default:
 			err = exportRecording(ctx, l, log, r, o, out)
 		}
-		damaged = damaged || r.Report().State == auditlog.Damaged
+		damaged = t.damage.add(r.Report()) || damaged
 		return errors.Join(err, context.Cause(ctx))
 	}
 	if id != "" {
@@ -169,8 +172,10 @@ func (t *tool) exportText(ctx context.Context, r *auditlog.SessionReader, out io
 			_, failed = fmt.Fprintf(out, format+"\n", args...)
 		}
 	}
+	ordered := &inOrder{emit: func(text string) { printf("%s", text) }}
+	tell := func(at time.Time, format string, args ...any) { ordered.add(at, fmt.Sprintf(format, args...)) }
 	lines := newRendering(func(l readLine) {
-		printf("%s  %d %-8s  %s", t.time(l.at), l.channel, l.where(), clean(l.text))
+		tell(l.at, "%s  %d %-8s  %s", t.time(l.at), l.channel, l.where(), clean(l.text))
 	})
 	printf("# session %s", r.Report().ID)
 	for rec := range r.Records(ctx) {
@@ -178,12 +183,12 @@ func (t *tool) exportText(ctx context.Context, r *auditlog.SessionReader, out io
 		lines.add(rec)
 		switch b := rec.Body.(type) {
 		case *auditlog.Connect:
-			printf("# %s  from %s", t.time(rec.Time), clean(b.Source))
+			tell(rec.Time, "# %s  from %s", t.time(rec.Time), clean(b.Source))
 		case *auditlog.Decision:
-			printf("# %s  user %s, ticket %s, profile %s", t.time(rec.Time), dash(clean(b.User)), dash(clean(b.Ticket)), dash(clean(b.Profile)))
+			tell(rec.Time, "# %s  user %s, ticket %s, profile %s", t.time(rec.Time), dash(clean(b.User)), dash(clean(b.Ticket)), dash(clean(b.Profile)))
 		case *auditlog.Request:
 			if c := commandOf(b); c != "" {
-				printf("# %s  %d  %s", t.time(rec.Time), rec.Channel, clean(c))
+				tell(rec.Time, "# %s  %d  %s", t.time(rec.Time), rec.Channel, clean(c))
 			}
 		}
 		if failed != nil {
@@ -191,6 +196,7 @@ func (t *tool) exportText(ctx context.Context, r *auditlog.SessionReader, out io
 		}
 	}
 	lines.finish()
+	ordered.finish()
 	printf("# %s  ended: %s", t.time(m.End), dash(clean(m.Cause)))
 	return failed
 }
@@ -200,7 +206,7 @@ func exportRecording(ctx context.Context, l *logs, log auditlog.Stored, r *audit
 	channel := o.channel
 	if channel < 0 {
 		var err error
-		if channel, err = playable(ctx, l.reader(log)); err != nil {
+		if channel, err = l.playable(ctx, log); err != nil {
 			return err
 		}
 	}
@@ -295,15 +301,15 @@ func (e *recordingExport) request(rec auditlog.Record, b *auditlog.Request) erro
 	case !b.OK && b.Type != "window-change":
 	case b.Type == "pty-req" && e.w == nil:
 		e.header.Term = clean(b.Term)
-		e.header.Columns, e.header.Rows = recordedSize(b)
+		e.header.Columns, e.header.Rows = recordedSize(b, e.header.Columns, e.header.Rows)
 		if e.header.Term == "" {
 			e.header.Term = "dumb"
 		}
 	case b.Type == "window-change" && e.w == nil:
-		e.header.Columns, e.header.Rows = recordedSize(b)
+		e.header.Columns, e.header.Rows = recordedSize(b, e.header.Columns, e.header.Rows)
 	case b.Type == "window-change":
-		columns, rows := recordedSize(b)
-		return e.w.Resize(rec.Time, columns, rows)
+		e.header.Columns, e.header.Rows = recordedSize(b, e.header.Columns, e.header.Rows)
+		return e.w.Resize(rec.Time, e.header.Columns, e.header.Rows)
 	case commandOf(b) != "":
 		if b.Type == "exec" {
 			e.header.Command = short(clean(string(b.Command)), maxListedText)
@@ -313,9 +319,17 @@ func (e *recordingExport) request(rec auditlog.Record, b *auditlog.Request) erro
 	return nil
 }
 
-// recordedSize is a terminal's size, within what players can show.
-func recordedSize(b *auditlog.Request) (columns, rows int) {
-	return min(max(clampInt(b.Columns), 1), 1000), min(max(clampInt(b.Rows), 1), 1000)
+// recordedSize is a terminal's size, within what players can show. A client without a terminal of its own says zero, which is to be
+// ignored (RFC 4254, section 6.2): then it is what it was.
+func recordedSize(b *auditlog.Request, columns, rows int) (int, int) {
+	const most = 1000
+	if b.Columns > 0 {
+		columns = min(clampInt(b.Columns), most)
+	}
+	if b.Rows > 0 {
+		rows = min(clampInt(b.Rows), most)
+	}
+	return columns, rows
 }
 
 func (e *recordingExport) end() error {

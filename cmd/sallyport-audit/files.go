@@ -169,7 +169,7 @@ as the sandbox resolved them. A hash is of the whole file, or of the bytes that 
   sallyport-audit files --has-file .csv -o json`,
 		ValidArgsFunction: t.completeSessions,
 		RunE: func(c *cobra.Command, args []string) error {
-			if err := s.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), oneOrMany(args), "has-file"), s.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			return t.paged(c, func(out io.Writer) error { return t.files(c.Context(), oneOrMany(args), &s, out) })
@@ -207,7 +207,7 @@ func (t *tool) files(ctx context.Context, id string, s *selection, out io.Writer
 		r := l.reader(log)
 		defer l.count(r, m)
 		err := t.sessionFiles(ctx, r, s.file, w, out)
-		damaged = damaged || r.Report().State == auditlog.Damaged
+		damaged = t.damage.add(r.Report()) || damaged
 		return err
 	}
 	if id != "" {
@@ -339,6 +339,7 @@ func (t *tool) extract(ctx context.Context, id, path string, e extraction, out i
 		}
 		t.countUnread(r.Report())
 		if r.Report().State == auditlog.Damaged && !e.partial {
+			t.damage.add(r.Report())
 			return errDamaged
 		}
 		return nil
@@ -371,16 +372,36 @@ func (t *tool) extract(ctx context.Context, id, path string, e extraction, out i
 		return fmt.Errorf("%s: %w", clean(path), err)
 	}
 	if e.to != "" {
-		if err := os.Link(temp.Name(), e.to); err != nil { // never over another file
-			return err
-		}
-		return nil
+		return keep(temp, e.to)
 	}
 	if _, err := temp.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
 	_, err = io.Copy(out, temp)
 	return err
+}
+
+// keep gives a temporary file its name, never another file's.
+func keep(temp *os.File, name string) error {
+	err := os.Link(temp.Name(), name)
+	if err == nil {
+		return nil
+	}
+	if _, there := os.Lstat(name); there == nil {
+		return fmt.Errorf("--out %s: is there already: choose another name", clean(name))
+	}
+	// A file system without links, as of a USB stick.
+	to, cerr := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if cerr != nil {
+		return cerr
+	}
+	if _, err = temp.Seek(0, io.SeekStart); err == nil {
+		_, err = io.Copy(to, temp)
+	}
+	if err = errors.Join(err, to.Close()); err != nil {
+		return errors.Join(err, os.Remove(name))
+	}
+	return nil
 }
 
 // wanted finds the last transfer of a path that has content, or else the last.

@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 	"slices"
@@ -92,6 +93,54 @@ func (u *unread) err(gave bool) error {
 		to = " to " + clean(strings.Join(u.types, ", "))
 	}
 	return fmt.Errorf("not shown: %d records of %d logs, which are encrypted%s: %s", u.records, u.sessions, to, why)
+}
+
+// damage names the damaged logs of commands whose own output does not tell of them.
+type damage struct {
+	mu      sync.Mutex // guards all below
+	reports []auditlog.Report
+	more    int
+}
+
+// maxDamageTold is how many damaged logs are named: verify has all.
+const maxDamageTold = 10
+
+// add takes a log's report once the log is read, and says whether it is damaged.
+func (d *damage) add(rep auditlog.Report) bool {
+	if rep.State != auditlog.Damaged {
+		return false
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.reports) < maxDamageTold {
+		d.reports = append(d.reports, rep)
+	} else {
+		d.more++
+	}
+	return true
+}
+
+func (d *damage) tell(stderr io.Writer) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, rep := range d.reports {
+		why := ""
+		if len(rep.Problems) > 0 {
+			why = ": " + clean(rep.Problems[0].String())
+		}
+		fmt.Fprintf(stderr, "sallyport-audit: %s is damaged%s (see verify)\n", dash(clean(rep.ID)), why)
+	}
+	if d.more > 0 {
+		fmt.Fprintf(stderr, "sallyport-audit: and %d damaged logs more\n", d.more)
+	}
+}
+
+// unreadText says what of a log is not shown for want of an identity, "" if all is.
+func unreadText(rep auditlog.Report) string {
+	if rep.Unread == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d of %d records: they are encrypted, see --identity", rep.Unread, rep.Records)
 }
 
 // askPassphrase asks on the terminal, not on standard input: that may be a pipe.

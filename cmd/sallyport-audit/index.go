@@ -61,11 +61,15 @@ func indexedSummary(e auditlog.Entry) summary {
 
 func (t *tool) indexCommand() *cobra.Command {
 	c := &cobra.Command{
-		Use: "index", Short: "Look at a store's index, compare it with the logs, or make one of your own",
+		Use: "index", Short: "Look at a store's index, compare it with the logs, or make one of your own", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() }, // without it a mistyped command would be no error
 		Long: `Look at a store's index, compare it with the logs, or make one of your own.
 
 A gate indexes its sessions, so that list need not read every log. What comes from an index is the gate's word, signed; list marks
 such sessions with "(index)", and reads the log of every session that the index does not have as the store has it.`,
+		Example: `  sallyport-audit index status /mnt/evidence
+  sallyport-audit index verify s3://evidence/gate-1 --key gate.pub -i auditor.txt
+  sallyport-audit index rebuild --index-cache ~/.cache/evidence.index`,
 	}
 	c.AddCommand(t.indexStatusCommand(), t.indexVerifyCommand(), t.indexRebuildCommand())
 	return c
@@ -74,6 +78,10 @@ such sessions with "(index)", and reads the log of every session that the index 
 func (t *tool) indexStatusCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "status [STORE]", Short: "Say how many sessions are indexed, and which the index knows that are not there", Args: cobra.MaximumNArgs(1),
+		Long: `Say how many sessions are indexed, and which the index knows that are not there. A session that is indexed and not there was
+taken away, or has been deleted by age; verify says which of them must be there.`,
+		Example: `  sallyport-audit index status /mnt/evidence
+  sallyport-audit index status s3://evidence/gate-1 --utc`,
 		RunE: func(c *cobra.Command, args []string) error {
 			return t.withIndex(c.Context(), args, func(src source, keys []ed25519.PublicKey, x *auditlog.Index) error {
 				seen := make(map[string]struct{})
@@ -147,6 +155,8 @@ func (t *tool) indexVerifyCommand() *cobra.Command {
 		Use: "verify [STORE]", Short: "Compare the index with every session's log", Args: cobra.MaximumNArgs(1),
 		Long: `Compare the index with every session's log. Sessions that the index does not have are counted, and are no damage: the log is
 what counts. An encrypted log has to be read for it: give an identity (-i).`,
+		Example: `  sallyport-audit index verify /mnt/evidence --key gate.pub
+  sallyport-audit index verify s3://evidence/gate-1 -i auditor.txt`,
 		RunE: func(c *cobra.Command, args []string) error {
 			return t.withIndex(c.Context(), args, func(src source, keys []ed25519.PublicKey, x *auditlog.Index) error {
 				out := c.OutOrStdout()
@@ -195,6 +205,8 @@ func (t *tool) indexRebuildCommand() *cobra.Command {
 		Long: `Make an index of your own out of the logs that the store's index does not have, and keep it in a file on this machine, which list
 --index-cache then takes. The logs are verified on the way. The file holds what the entries tell (users, tickets, commands) and is
 not encrypted; it is made with mode 0600.`,
+		Example: `  sallyport-audit index rebuild /mnt/evidence --index-cache ~/.cache/evidence.index
+  sallyport-audit list /mnt/evidence --index-cache ~/.cache/evidence.index`,
 		RunE: func(c *cobra.Command, args []string) error {
 			to := t.cache
 			if to == "" {

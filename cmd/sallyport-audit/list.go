@@ -42,13 +42,15 @@ type summary struct {
 	Files    uint64           `json:"files"`    // operations on files that the gate saw
 	Forwards uint64           `json:"forwards"`
 	Alerts   uint64           `json:"alerts"`
+	Refused  uint64           `json:"refused,omitempty"` // connections, of a gate's own log
 	Input    uint64           `json:"input_bytes"`
 	Output   uint64           `json:"output_bytes"`
 	Cause    string           `json:"cause,omitempty"`
 	Imported string           `json:"imported_from,omitempty"` // the format that the log was made from
 	State    auditlog.State   `json:"state"`
-	Indexed  bool             `json:"from_index,omitempty"` // the log was not read
-	Report   *auditlog.Report `json:"report,omitempty"`     // of a damaged one
+	Indexed  bool             `json:"from_index,omitempty"`     // the log was not read
+	Unread   uint64           `json:"unread_records,omitempty"` // for want of an identity
+	Report   *auditlog.Report `json:"report,omitempty"`         // of a damaged one
 
 	hasCommand, hasFile bool // as a selection wants it
 }
@@ -62,12 +64,13 @@ func (t *tool) listCommand() *cobra.Command {
 alternatives. The state is that of the log: sealed (whole), interrupted (the gate was killed; whole as far as it came), live, damaged.
 
 Of those that are marked "(index)" the log was not read: what is told of them, their state too, is what the gate wrote into its index,
-signed. It has a session's last ticket alone. See --no-index, and verify.`,
+signed. It has a session's last ticket alone. See --no-index, and verify. The exit code is 0 whatever the states are: see verify.`,
 		Example: `  sallyport-audit list /var/lib/sallyport/log
   sallyport-audit list --user alice --since yesterday
   sallyport-audit list --since 2026-03-01 --until 2026-03-31 --ticket 'OPS-*' -o json
   sallyport-audit list --source 192.0.2.0/24 --has-command curl --alerts
-  sallyport-audit list --cause expired,revoked --state damaged,interrupted`,
+  sallyport-audit list --cause expired,revoked --state damaged,interrupted
+  sallyport-audit list --gate-logs --since 1w`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := s.prepare(time.Now(), t.zone()); err != nil {
 				return err
@@ -78,6 +81,7 @@ signed. It has a session's last ticket alone. See --no-index, and verify.`,
 		},
 	}
 	s.flags(c.Flags())
+	s.gateFlag(c.Flags())
 	c.Flags().BoolVar(&noIndex, "no-index", false, "read every session's log")
 	return c
 }
@@ -88,7 +92,7 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection,
 		return err
 	}
 	defer l.Close()
-	if !noIndex {
+	if !noIndex && !s.gateLogs { // which has sessions alone
 		if l.index, err = t.index(ctx, l.source, l.keys, s.after); err != nil {
 			return err
 		}
@@ -113,6 +117,9 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection,
 		if len(m.Commands) == 1 {
 			commands = short(clean(m.Commands[0]), 40)
 		}
+		if m.Refused > 0 {
+			commands = fmt.Sprintf("%d refused", m.Refused)
+		}
 		w.row(m.ID, dash(clean(m.User)), dash(clean(m.Ticket)), dash(clean(m.Source)), t.time(m.Start),
 			m.End.Sub(m.Start).Round(time.Second/10).String(), commands, size(m.Input+m.Output), number(m.Alerts), state, dash(clean(m.Cause)))
 		return w.err
@@ -120,7 +127,23 @@ func (t *tool) list(ctx context.Context, dir string, noIndex bool, s *selection,
 	if w != nil && err == nil {
 		err = w.flush()
 	}
+	if err == nil && read == 0 {
+		s.tellEmpty(stderr, orStore(dir, t.store))
+	}
 	return err
+}
+
+// tellEmpty says that a store has no session at all, or none of the days that are asked for: a prefix that is mistyped looks the same.
+func (s *selection) tellEmpty(stderr io.Writer, store string) {
+	when := ""
+	if !s.after.IsZero() || !s.before.IsZero() {
+		when = " of these days"
+	}
+	what := "session"
+	if s.gateLogs {
+		what = "log of a gate's own"
+	}
+	fmt.Fprintf(stderr, "sallyport-audit: there is no %s%s in %s\n", what, when, clean(store))
 }
 
 // counted tells on the way how many logs were begun.
@@ -149,7 +172,7 @@ func summarize(ctx context.Context, r *auditlog.SessionReader, s *selection) *su
 
 // finish adds what is known at the end.
 func (s *summary) finish(rep auditlog.Report) {
-	s.ID, s.State, s.Gate = rep.ID, rep.State, rep.Gate
+	s.ID, s.State, s.Gate, s.Unread = rep.ID, rep.State, rep.Gate, rep.Unread
 	if !rep.Start.IsZero() {
 		s.Start = rep.Start
 	}
@@ -199,6 +222,8 @@ func (s *summary) add(rec auditlog.Record) {
 		s.Forwards++
 	case *auditlog.Alert, *auditlog.Unaudited:
 		s.Alerts++
+	case *auditlog.Refused:
+		s.Refused += b.Count
 	case *auditlog.Import:
 		s.Imported = bounded(b.Format)
 	case *auditlog.End:
@@ -245,6 +270,14 @@ func (t *tool) time(v time.Time) string {
 		return v.UTC().Format("2006-01-02 15:04:05Z")
 	}
 	return v.Local().Format("2006-01-02 15:04:05")
+}
+
+// stamp is a time with what it is ahead of UTC: what is read elsewhere, and later, is to be understood there.
+func (t *tool) stamp(v time.Time) string {
+	if v.IsZero() || t.utc {
+		return t.time(v)
+	}
+	return v.Local().Format("2006-01-02 15:04:05 -07:00")
 }
 
 // number is a count, or a dash for none.

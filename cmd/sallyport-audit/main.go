@@ -57,10 +57,27 @@ func exitCode(err error, stderr io.Writer) int {
 }
 
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
-	c := newCommand()
+	t := &tool{}
+	c := t.command()
 	c.SetArgs(args)
 	c.SetIn(stdin)
 	c.SetOut(stdout)
 	c.SetErr(stderr)
-	return c.ExecuteContext(ctx)
+	return t.finish(c.ExecuteContext(ctx), stderr)
+}
+
+// finish says, after a command has ended, what its output does not: which logs are damaged, and what could not be read.
+func (t *tool) finish(err error, stderr io.Writer) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, syscall.EPIPE) {
+		return err // who asked has gone
+	}
+	t.damage.tell(stderr)
+	unread := t.unread.err(len(t.idFiles) > 0)
+	if err == nil {
+		return unread
+	}
+	if unread != nil {
+		fmt.Fprintln(stderr, "sallyport-audit:", unread)
+	}
+	return err
 }

@@ -115,6 +115,13 @@ func TestSample(t *testing.T) {
 		{[]string{"list", "--store", "ftp://bucket"}, 1, []string{"want a directory or"}},
 		{[]string{"list", "-o", "xml"}, 1, []string{"want table, text or json"}},
 		{[]string{"version"}, 0, []string{"sallyport-audit"}},
+		{[]string{"show"}, 1, []string{"want sallyport-audit show ID"}},
+		{[]string{"extract", "x"}, 1, []string{"want sallyport-audit extract ID PATH"}},
+		{[]string{"index", "bogus"}, 1, []string{`unknown command "bogus"`}},
+		{[]string{"list", t.TempDir()}, 0, []string{"there is no session in /"}},
+		{[]string{"list", t.TempDir(), "--since", "today", "-o", "json"}, 0, []string{"there is no session of these days in /"}},
+		{[]string{"search", "x", "--store", t.TempDir()}, 1, []string{"there is no session in /"}},
+		{[]string{"search", "nothing-has-this", "--store", sample}, 1, nil},
 	} {
 		out, errs, code := audit(t, c.args...)
 		if code != c.code {
@@ -221,6 +228,14 @@ func TestDamaged(t *testing.T) {
 		out, errs, code := audit(t, args...)
 		if code != 2 || !strings.Contains(out+errs, "sample-0-zstd/00000002.seg: offset ") {
 			t.Errorf("%v: code %d\n%s%s", args, code, out, errs)
+		}
+	}
+	// Commands whose output has no place for it say so beside it.
+	for _, args := range []string{"files", "files sample-0", "search nothing-has-this", "export sample-0 -f text", "export -f ocsf", "export sample-0 -f asciicast-v3", "play sample-0 --speed 1000",
+		"extract sample-0 /x", "report sample-0", "report"} {
+		_, errs, code := audit(t, append(strings.Fields(args), "--store", dir)...)
+		if code != 2 || strings.Count(errs, "sample-0-zstd is damaged: sessions/") != 1 || !strings.Contains(errs, "(see verify)") {
+			t.Errorf("%s: code %d\n%s", args, code, errs)
 		}
 	}
 	if out, _, code := audit(t, "list", dir); code != 0 || !strings.Contains(out, "damaged") {

@@ -81,7 +81,7 @@ func (t *tool) play(ctx context.Context, id string, o playOptions, stdin io.Read
 		return err
 	}
 	if o.channel < 0 {
-		if o.channel, err = playable(ctx, l.reader(log)); err != nil {
+		if o.channel, err = l.playable(ctx, log); err != nil {
 			return err
 		}
 	}
@@ -97,7 +97,7 @@ func (t *tool) play(ctx context.Context, id string, o playOptions, stdin io.Read
 		}
 		defer func() { err = errors.Join(err, restore()) }()
 		defer func() { // whatever state the recording left
-			_, werr := io.WriteString(out, screen.Reset+"\r\n")
+			_, werr := io.WriteString(out, screen.Reset+bottom+"\r\n")
 			err = errors.Join(err, werr)
 		}()
 		p.keys, p.crlf, p.status = readKeys(ctx, in), true, stderr
@@ -110,14 +110,15 @@ func (t *tool) play(ctx context.Context, id string, o playOptions, stdin io.Read
 	switch {
 	case errors.Is(err, errQuit):
 		return nil
-	case err == nil && p.report.State == auditlog.Damaged:
+	case err == nil && t.damage.add(p.report):
 		return errDamaged
 	}
 	return err
 }
 
 // playable finds the channel to play.
-func playable(ctx context.Context, r *auditlog.SessionReader) (int, error) {
+func (l *logs) playable(ctx context.Context, log auditlog.Stored) (int, error) {
+	r := l.reader(log)
 	first := -1
 	for rec := range r.Records(ctx) {
 		switch b := rec.Body.(type) {
@@ -135,10 +136,15 @@ func playable(ctx context.Context, r *auditlog.SessionReader) (int, error) {
 		return 0, err
 	}
 	if first < 0 {
+		l.t.countUnread(r.Report())
+		l.t.damage.add(r.Report())
 		return 0, errors.New("nothing was printed in this session")
 	}
 	return first, nil
 }
+
+// bottom moves the cursor below what was shown: the recording may have left it anywhere.
+const bottom = "\x1b[999;1H"
 
 // errQuit is the user's wish to end.
 var errQuit = errors.New("quit")

@@ -165,9 +165,14 @@ type insideLine struct {
 func (l insideLine) indent() string { return strings.Repeat("  ", min(l.depth, maxDepth)) }
 
 // tell prints the tree.
-func (p *programs) tell(w *textWriter, t *tool) {
+func (p *programs) tell(w *textWriter, clock func(time.Time) string) {
 	for _, l := range p.lines(p.roots, true) {
-		w.line("  %s  %s%s", t.clock(l.at), l.indent(), l.text)
+		at := clock(l.at)
+		if day, rest, other := strings.Cut(at, " "); other {
+			w.line("  %s", day)
+			at = rest
+		}
+		w.line("  %s  %s%s", at, l.indent(), l.text)
 		for _, note := range l.notes {
 			w.line("  %12s  %s  ! %s", "", l.indent(), note)
 		}
@@ -204,6 +209,21 @@ func (t *tool) clock(at time.Time) string {
 		return at.UTC().Format("15:04:05.000")
 	}
 	return at.Local().Format("15:04:05.000")
+}
+
+// clockFrom gives the clock's time of moments that come one after the other, with the day where it is another than that of the one
+// before; start is what comes before the first.
+func (t *tool) clockFrom(start time.Time) func(at time.Time) string {
+	zone := t.zone()
+	last := start.In(zone).Format(time.DateOnly)
+	return func(at time.Time) string {
+		day := at.In(zone).Format(time.DateOnly)
+		if day == last || start.IsZero() {
+			return t.clock(at)
+		}
+		last = day
+		return day + " " + t.clock(at)
+	}
 }
 
 // appendPrograms adds programs that have the same parent, whose directory that is, with all below them.
@@ -432,12 +452,18 @@ func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
 				Strange   []any          `json:"starts_of_nothing_known,omitempty"`
 				Loose     []any          `json:"connects_of_nothing_known,omitempty"`
 				Cut       int            `json:"more_records,omitempty"`
-			}{rep.ID, s.User, rep.State, audit, jsonPrograms(all.roots, func(exec uint64) uint32 { return channels[exec] }, 0), bodies(all.outside), bodies(all.strange), bodies(all.loose), all.cut})
+				Unread    uint64         `json:"unread_records,omitempty"` // for want of an identity
+			}{rep.ID, s.User, rep.State, audit, jsonPrograms(all.roots, func(exec uint64) uint32 { return channels[exec] }, 0), bodies(all.outside), bodies(all.strange), bodies(all.loose), all.cut, rep.Unread})
 		} else {
 			w := &textWriter{w: out}
 			w.line("session %s: %s", rep.ID, rep.State)
 			w.field("user", s.User)
-			w.field("programs", map[bool]string{true: "not reported", false: "reported from inside"}[audit == "" || strings.HasPrefix(audit, "off")], audit)
+			w.field("began", t.time(rep.Start))
+			clock := t.clockFrom(rep.Start)
+			w.field("not shown", unreadText(rep))
+			if audit != "" || rep.Unread == 0 {
+				w.field("programs", map[bool]string{true: "not reported", false: "reported from inside"}[audit == "" || strings.HasPrefix(audit, "off")], audit)
+			}
 			// One channel after the other, in the order of their first programs.
 			for len(all.roots) > 0 {
 				channel := channels[all.roots[0].exec.Exec]
@@ -451,9 +477,9 @@ func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
 					own.roots = append(own.roots, n)
 					return true
 				})
-				own.tell(w, t)
+				own.tell(w, clock)
 			}
-			all.tell(w, t)
+			all.tell(w, clock)
 			for _, p := range rep.Problems {
 				w.line("damaged: %s", clean(p.String()))
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"container/heap"
 	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
@@ -150,4 +151,67 @@ func (r *rendering) finish() {
 		}
 		r.end(first)
 	}
+}
+
+// A screen gives a line when it is gone from there: what is written over, as a bar of progress is, comes before what stands above it.
+// inOrder holds lines back, and gives them in the order of their times as long as they are not further apart than these.
+const (
+	maxHeldLines = 4096
+	maxHeldBytes = 1 << 20
+)
+
+// timedLine is a line of text.
+type timedLine struct {
+	at     time.Time
+	number int // as it came: lines of the same moment stay in that order
+	text   string
+}
+
+type inOrder struct {
+	emit  func(text string)
+	held  timedLines
+	bytes int
+	count int
+}
+
+func (o *inOrder) add(at time.Time, text string) {
+	heap.Push(&o.held, timedLine{at, o.count, text})
+	o.count++
+	o.bytes += len(text)
+	for len(o.held) > maxHeldLines || o.bytes > maxHeldBytes {
+		o.next()
+	}
+}
+
+func (o *inOrder) next() {
+	l, _ := heap.Pop(&o.held).(timedLine)
+	o.bytes -= len(l.text)
+	o.emit(l.text)
+}
+
+// finish gives what is held back.
+func (o *inOrder) finish() {
+	for len(o.held) > 0 {
+		o.next()
+	}
+}
+
+// timedLines is a heap, the earliest first.
+type timedLines []timedLine
+
+func (h timedLines) Len() int { return len(h) }
+func (h timedLines) Less(i, j int) bool {
+	if c := h[i].at.Compare(h[j].at); c != 0 {
+		return c < 0
+	}
+	return h[i].number < h[j].number
+}
+func (h timedLines) Swap(i, j int) { h[i], h[j] = h[j], h[i] }
+func (h *timedLines) Push(v any)   { l, _ := v.(timedLine); *h = append(*h, l) }
+func (h *timedLines) Pop() any {
+	last := len(*h) - 1
+	l := (*h)[last]
+	(*h)[last] = timedLine{}
+	*h = (*h)[:last]
+	return l
 }

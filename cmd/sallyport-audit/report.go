@@ -55,7 +55,7 @@ copy: what proves it is the log, and the report says with which command.`,
 			if !slices.Contains(reportFormats, o.format) {
 				return fmt.Errorf("--format %q: want html or markdown", o.format)
 			}
-			if err := o.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), oneOrMany(args)), o.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			return intoFile(o.to, c.OutOrStdout(), func(out io.Writer) error { return t.report(c.Context(), oneOrMany(args), &o, out) })
@@ -92,6 +92,7 @@ type reportRow struct {
 // reportSum is what stands after the table.
 type reportSum struct {
 	Sessions, Alerts, Damaged, Users int
+	Unread                           int // sessions of which not all could be read
 	States                           []pair
 }
 
@@ -110,7 +111,10 @@ type reportSession struct {
 
 type reportMoment struct{ Time, Who, Channel, Text string }
 type reportFile struct{ Time, What, Path, Bytes, Result, SHA256 string }
-type reportLine struct{ Time, Where, Text string }
+type reportLine struct {
+	Time, Where, Text string
+	at                time.Time
+}
 
 // reportWriter writes a report part by part.
 type reportWriter interface {
@@ -162,6 +166,10 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 			sum.Alerts += int(m.Alerts)
 			if states[m.State]++; m.State == auditlog.Damaged {
 				sum.Damaged++
+				t.damage.add(*m.Report)
+			}
+			if m.Unread > 0 {
+				sum.Unread++
 			}
 			if len(users) < maxPrograms {
 				users[m.User] = struct{}{}
@@ -198,7 +206,7 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 }
 
 func (t *tool) reportHead(id string, o *reportOptions) reportHead {
-	h := reportHead{Title: cmp.Or(clean(o.title), "Sessions"), Made: t.time(time.Now()), By: "sallyport-audit " + toolVersion(), Store: clean(orStore(t.store)), Style: template.CSS(reportStyle),
+	h := reportHead{Title: cmp.Or(clean(o.title), "Sessions"), Made: t.stamp(time.Now()), By: "sallyport-audit " + toolVersion(), Store: clean(orStore(t.store)), Style: template.CSS(reportStyle),
 		Key: "No key was pinned: each log is checked against the key that it names itself.", Zone: "local"}
 	if t.keyFile != "" {
 		h.Key = "Every signature was checked against the keys in " + clean(t.keyFile) + "."
@@ -211,10 +219,10 @@ func (t *tool) reportHead(id string, o *reportOptions) reportHead {
 	if id == "" {
 		h.Period = "all sessions"
 		if !o.after.IsZero() {
-			h.Period = "sessions that began at or after " + t.time(o.after)
+			h.Period = "sessions that began at or after " + t.stamp(o.after)
 		}
 		if !o.before.IsZero() {
-			h.Period = map[bool]string{true: h.Period + ", and", false: "sessions that began"}[!o.after.IsZero()] + " before " + t.time(o.before)
+			h.Period = map[bool]string{true: h.Period + ", and", false: "sessions that began"}[!o.after.IsZero()] + " before " + t.stamp(o.before)
 		}
 		for _, p := range []struct {
 			name   string
@@ -229,6 +237,9 @@ func (t *tool) reportHead(id string, o *reportOptions) reportHead {
 	return h
 }
 
+// encryptedNote stands in a report that was made without an identity that opens the log.
+const encryptedNote = "It is encrypted, and was not read in full: what is not told here may have happened all the same."
+
 func nonEmpty(s string) []string {
 	if s == "" {
 		return nil
@@ -241,7 +252,7 @@ func (t *tool) reportRow(m *summary) reportRow {
 	if len(m.Commands) == 1 {
 		commands = short(clean(m.Commands[0]), 60)
 	}
-	return reportRow{ID: m.ID, User: dash(clean(m.User)), Ticket: dash(clean(m.Ticket)), Source: dash(clean(m.Source)), Start: t.time(m.Start),
+	return reportRow{ID: m.ID, User: dash(clean(m.User)), Ticket: dash(clean(m.Ticket)), Source: dash(clean(m.Source)), Start: t.stamp(m.Start),
 		Duration: m.End.Sub(m.Start).Round(time.Second / 10).String(), Commands: commands, Alerts: number(m.Alerts), State: string(m.State), Cause: dash(clean(m.Cause))}
 }
 
@@ -255,27 +266,42 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, 
 			s.LinesCut = true
 			return
 		}
-		s.Lines = append(s.Lines, reportLine{t.clock(line.at), fmt.Sprint(line.channel, " ", line.where()), clean(line.text)})
+		s.Lines = append(s.Lines, reportLine{"", fmt.Sprint(line.channel, " ", line.where()), clean(line.text), line.at})
 	})
+	var clockFile func(time.Time) string
 	r := l.reader(log)
 	defer l.count(r, m)
+	defer func() {
+		if m == nil { // else its row has told
+			t.damage.add(r.Report())
+		}
+	}()
 	for rec := range r.Records(ctx) {
 		a.add(rec)
 		if !s.LinesCut {
 			lines.add(rec)
 		}
 		if b, ok := rec.Body.(*auditlog.Transfer); ok && len(s.Files) < maxShownEvents {
-			s.Files = append(s.Files, t.reportFile(rec, b))
+			if clockFile == nil {
+				clockFile = t.clockFrom(a.Start)
+			}
+			s.Files = append(s.Files, reportFileOf(clockFile(rec.Time), b))
 		}
 	}
 	if err := context.Cause(ctx); err != nil {
 		return s, err
 	}
 	lines.finish()
+	slices.SortStableFunc(s.Lines, func(a, b reportLine) int { return a.at.Compare(b.at) }) // see inOrder
+	clock := t.clockFrom(a.Start)
+	for i, l := range s.Lines {
+		s.Lines[i].Time = clock(l.at)
+	}
 	a.end(r.Report())
 	t.reportFacts(&s, a)
 	moments, cut := t.moments(a)
 	s.Cut = cut
+	clock = t.clockFrom(a.Start)
 	for _, m := range moments {
 		var b bytes.Buffer
 		m.tell(&textWriter{w: &b})
@@ -283,13 +309,13 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, 
 		if m.channel > 0 {
 			channel = fmt.Sprint(m.channel)
 		}
-		s.Moments = append(s.Moments, reportMoment{t.clock(m.at), m.who, channel, strings.TrimRight(b.String(), "\n")})
+		s.Moments = append(s.Moments, reportMoment{clock(m.at), m.who, channel, strings.TrimRight(b.String(), "\n")})
 	}
 	return s, nil
 }
 
-func (t *tool) reportFile(rec auditlog.Record, b *auditlog.Transfer) reportFile {
-	f := reportFile{Time: t.clock(rec.Time), What: clean(transferWord(b)), Path: clean(short(transferPath(b), 1000)), Bytes: "-", Result: clean(short(transferResult(b), 200))}
+func reportFileOf(at string, b *auditlog.Transfer) reportFile {
+	f := reportFile{Time: at, What: clean(transferWord(b)), Path: clean(short(transferPath(b), 1000)), Bytes: "-", Result: clean(short(transferResult(b), 200))}
 	if target := transferTarget(b); target != "" {
 		f.Path += " to " + clean(short(target, 1000))
 	}
@@ -315,11 +341,15 @@ func (t *tool) reportFacts(s *reportSession, a *account) {
 	default:
 		s.StateNote = "The log is damaged. What is told here is what can still be read of it."
 	}
+	if a.report.Unread > 0 {
+		s.StateNote += " " + encryptedNote
+	}
 	fact := func(name, value string) {
 		if value != "" {
 			s.Facts = append(s.Facts, pair{name, clean(value)})
 		}
 	}
+	fact("not shown", unreadText(a.report))
 	fact("user", a.User)
 	fact("groups", strings.Join(a.Groups, ", "))
 	fact("from", a.Source)
@@ -327,8 +357,8 @@ func (t *tool) reportFacts(s *reportSession, a *account) {
 	fact("profile", a.Profile)
 	fact("gate", a.report.Gate)
 	fact("image", strings.TrimSpace(a.Image+" "+a.Digest))
-	fact("began", t.time(a.Start))
-	fact("last record", t.time(a.End)+", after "+a.summary.End.Sub(a.Start).Round(time.Millisecond).String())
+	fact("began", t.stamp(a.Start))
+	fact("last record", t.stamp(a.End)+", after "+a.summary.End.Sub(a.Start).Round(time.Millisecond).String())
 	fact("ended by", a.Cause)
 	fact("asked to run", strings.Join(a.Commands, "; "))
 	fact("alerts", number(a.Alerts))

@@ -80,6 +80,9 @@ func (m *markdownReport) sum(v reportSum) error {
 		m.printf("; %s logs %s", p.Value, p.Name)
 	}
 	m.printf(".\n")
+	if v.Unread > 0 {
+		m.printf("\n%d logs are encrypted, and were not read in full: what they hold is not in this report.\n", v.Unread)
+	}
 	return m.err
 }
 

@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
 )
@@ -118,6 +119,69 @@ func TestReportHostile(t *testing.T) {
 					t.Errorf("%v: %U", args, r)
 					break
 				}
+			}
+		}
+	}
+}
+
+// What goes on over midnight has its days, and a report's times say of which zone they are.
+func TestDays(t *testing.T) {
+	dir := t.TempDir()
+	writeLog(t, dir, func(l *auditlog.Log) {
+		r := l.New("night")
+		at := func(clock string, channel uint32, bodies ...auditlog.Body) {
+			when, err := time.Parse(time.DateTime, clock)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.SetTime(when)
+			for _, b := range bodies {
+				if err := r.Record(channel, b); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		out := func(s string) auditlog.Body { return &auditlog.Data{Stream: auditlog.Output, Data: []byte(s)} }
+		at("2026-03-01 22:30:00", 0, &auditlog.Connect{Source: "192.0.2.7:4022"})
+		if err := r.Begin(); err != nil {
+			t.Fatal(err)
+		}
+		at("2026-03-01 22:31:00", 1, &auditlog.Request{Type: "exec", Command: []byte("before"), OK: true}, out("evening\n"))
+		at("2026-03-02 00:32:00", 2, &auditlog.Request{Type: "exec", Command: []byte("after"), OK: true}, out("night\n"), &auditlog.Transfer{Op: "file", Path: []byte("/x")})
+		at("2026-03-02 00:32:30", 1, &auditlog.ProgramExec{Exec: 1, Args: [][]byte{[]byte("owl")}})
+		at("2026-03-02 00:33:00", 2, &auditlog.Request{Type: "exec", Command: []byte("later"), OK: true})
+		r.SetTime(time.Date(2026, 3, 2, 0, 34, 0, 0, time.UTC))
+		if err := r.Close(&auditlog.End{Cause: "idle"}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	was := time.Local
+	time.Local = time.FixedZone("X", 90*60)
+	t.Cleanup(func() { time.Local = was })
+	for _, c := range []struct {
+		args      string
+		want, not []string
+	}{
+		{"show night --utc", []string{"\n  22:30:00.000 gate", "\n  2026-03-02\n  00:32:00.000 gate     2", "\n  00:33:00.000 gate     2"}, nil},
+		{"show night", []string{"\n  00:00:00.000 gate", "\n  00:01:00.000 gate     1"}, []string{"\n  2026-03"}},
+		{"report night --utc", []string{"<td>2026-03-01 22:30:00Z</td>", "Times are UTC", `>2026-03-02 00:32:00.000</td><td class="who">gate`, `>00:33:00.000</td>`, `>2026-03-02 00:32:00.000</td><td>2 output`, `>2026-03-02 00:32:00.000</td><td>file`}, nil},
+		{"report night", []string{"<td>2026-03-02 00:00:00 &#43;01:30</td>", "Times are local", ">00:01:00.000</td>"}, []string{`class="nowrap">2026-03-02`}},
+		{"report night -f md --utc", []string{"    2026-03-02 00:32:00.000 gate     2  exec"}, nil},
+		{"commands night --utc", []string{"began      2026-03-01 22:30:00Z\n", "\n  2026-03-02\n  00:32:30.000  owl"}, nil},
+		{"report", []string{">2026-03-02 00:00:00 &#43;01:30</td>"}, nil},
+	} {
+		out, errs, code := audit(t, append(strings.Fields(c.args), "--store", dir)...)
+		if code != 0 {
+			t.Errorf("%s: code %d %s", c.args, code, errs)
+		}
+		for _, w := range c.want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%s: no %q in\n%s", c.args, w, out)
+			}
+		}
+		for _, n := range c.not {
+			if strings.Contains(out, n) {
+				t.Errorf("%s: %q in\n%s", c.args, n, out)
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,9 +49,10 @@ func (t *tool) searchCommand() *cobra.Command {
 	var o searchOptions
 	c := &cobra.Command{
 		Use: "search TEXT", Short: "Find text in what was read, run and transferred", Args: cobra.ExactArgs(1),
-		Long: `Find a text in sessions: on their terminals, as a person would have read them (what was corrected before anybody could read it is
-not found, and neither is a text that colours stand in; what ran over the end of a row is), in what passed without a terminal, in
-commands and programs with their arguments, and in the names of files. What was typed is found where the terminal showed it.
+		Long: `Find a text in sessions: on their terminals, as a person would have read them (a word in two colours is one word, a line that ran
+over the end of a row is one line; what was corrected before anybody could read it is not found, nor are titles and other things that
+are not seen), in what passed without a terminal, in commands and programs with their arguments, and in the names of files. What was
+typed is found where the terminal showed it.
 
 The flags choose the sessions, as for list. Several are read at the same time. The exit code is 1 if nothing was found, 2 if a log that
 was read is damaged.`,
@@ -63,7 +65,7 @@ was read is damaged.`,
 			if err != nil {
 				return err
 			}
-			if err := o.prepare(time.Now(), t.zone()); err != nil {
+			if err := cmp.Or(notBoth(c.Flags(), o.id, "limit"), o.prepare(time.Now(), t.zone())); err != nil {
 				return err
 			}
 			for _, p := range o.in {
@@ -144,6 +146,9 @@ func (t *tool) search(ctx context.Context, match func(string) (int, int), o *sea
 		r := l.reader(log)
 		s := searchLog(ctx, r, match, o, most)
 		t.countUnread(r.Report())
+		if s.damaged {
+			t.damage.add(r.Report())
+		}
 		return s
 	}, func(s searched) error {
 		damaged = damaged || s.damaged
@@ -172,6 +177,9 @@ func (t *tool) search(ctx context.Context, match func(string) (int, int), o *sea
 	case damaged:
 		return errDamaged
 	case found == 0:
+		if begun == 0 && o.id == "" {
+			o.tellEmpty(stderr, orStore(t.store))
+		}
 		return errNothing
 	}
 	return nil

@@ -25,6 +25,7 @@ type selection struct {
 	command      string
 	file         string
 	alerts       bool
+	gateLogs     bool // not the sessions
 	limit        int
 
 	after, before time.Time // of since and until; zero: no bound
@@ -37,7 +38,7 @@ func (s *selection) flags(f *pflag.FlagSet) {
 	f.StringSliceVarP(&s.groups, "group", "g", nil, "only of users in this `group`")
 	f.StringSliceVar(&s.tickets, "ticket", nil, "only under this `ticket`")
 	f.StringSliceVar(&s.sources, "source", nil, "only from this `address` or network (192.0.2.0/24)")
-	f.StringSliceVar(&s.images, "image", nil, "only in a sandbox of this `image`")
+	f.StringSliceVar(&s.images, "image", nil, "only in a sandbox of this `image`, by its name or digest")
 	f.StringSliceVar(&s.profiles, "session-profile", nil, "only under this `profile` of policy")
 	f.StringSliceVar(&s.causes, "cause", nil, "only that ended by this `cause`: expired, revoked, idle, client-left, ...")
 	f.StringSliceVar(&s.states, "state", nil, "only logs in this `state`: sealed, interrupted, live, damaged")
@@ -47,6 +48,24 @@ func (s *selection) flags(f *pflag.FlagSet) {
 	f.StringVar(&s.file, "has-file", "", "only with a transfer of a file whose path has this `text`")
 	f.BoolVar(&s.alerts, "alerts", false, "only with an alert")
 	f.IntVarP(&s.limit, "limit", "n", 0, "stop after this many (0: no limit)")
+}
+
+// gateFlag adds the flag by which a command takes the gates' own logs.
+func (s *selection) gateFlag(f *pflag.FlagSet) {
+	f.BoolVar(&s.gateLogs, "gate-logs", false, "the gates' own logs, not the sessions: who was refused before a key was proven, from where, how often")
+}
+
+// choosing are the flags by which sessions are chosen.
+var choosing = []string{"user", "group", "ticket", "source", "image", "session-profile", "cause", "state", "since", "until", "has-command", "has-file", "alerts", "limit", "gate-logs"}
+
+// notBoth says that a session was named and others chosen; what a command uses for both is left out.
+func notBoth(f *pflag.FlagSet, id string, uses ...string) error {
+	for _, name := range choosing {
+		if id != "" && f.Changed(name) && !slices.Contains(uses, name) {
+			return fmt.Errorf("%s and --%s: name a session, or choose some", clean(id), name)
+		}
+	}
+	return nil
 }
 
 // prepare checks what the flags say. Times without a zone are in loc.
@@ -70,6 +89,7 @@ func (s *selection) prepare(now time.Time, loc *time.Location) (err error) {
 			if err != nil {
 				return fmt.Errorf("--source %q: want an address or a network (192.0.2.0/24)", v)
 			}
+			a = a.Unmap() // ::ffff:192.0.2.1 is 192.0.2.1
 			p = netip.PrefixFrom(a, a.BitLen())
 		}
 		s.networks = append(s.networks, p.Masked())
@@ -141,9 +161,13 @@ func (s *selection) logs(ctx context.Context, src auditlog.Source) iter.Seq2[aud
 		last = time.Now().Add(day) // a gate's clock may be ahead
 	}
 	first, end := s.after.UTC().Format(layout), last.UTC().Format(layout)
-	if s.after.IsZero() || last.Sub(s.after) > maxDays*day {
+	prefix := auditlog.SessionPrefix
+	if s.gateLogs {
+		prefix = auditlog.GatePrefix
+	}
+	if s.gateLogs || s.after.IsZero() || last.Sub(s.after) > maxDays*day {
 		return func(yield func(auditlog.Stored, error) bool) {
-			for log, err := range auditlog.Logs(ctx, src, auditlog.SessionPrefix) {
+			for log, err := range auditlog.Logs(ctx, src, prefix) {
 				if err == nil && len(log.Segments) > 0 && (!s.after.IsZero() && log.Name.Day < first || !s.before.IsZero() && log.Name.Day > end) {
 					continue
 				}
@@ -171,9 +195,13 @@ func (s *selection) match(m *summary) bool {
 			return slices.ContainsFunc(have, func(h string) bool { return glob(w, h) })
 		})
 	}
+	first := m.Start
+	if s.gateLogs { // one goes on all day
+		first = m.End
+	}
 	switch {
-	case !s.after.IsZero() && m.Start.Before(s.after), !s.before.IsZero() && !m.Start.Before(s.before):
-	case !has(s.users, m.User), !has(s.groups, m.Groups...), !has(s.tickets, append(m.Tickets[:len(m.Tickets):len(m.Tickets)], m.Ticket)...), !has(s.images, m.Image):
+	case !s.after.IsZero() && first.Before(s.after), !s.before.IsZero() && !m.Start.Before(s.before):
+	case !has(s.users, m.User), !has(s.groups, m.Groups...), !has(s.tickets, append(m.Tickets[:len(m.Tickets):len(m.Tickets)], m.Ticket)...), !has(s.images, m.Image, m.Digest):
 	case !has(s.profiles, m.Profile), !has(s.causes, m.Cause), !has(s.states, string(m.State)):
 	case s.command != "" && !m.hasCommand, s.file != "" && !m.hasFile, s.alerts && m.Alerts == 0:
 	default:

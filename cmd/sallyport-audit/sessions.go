@@ -57,6 +57,7 @@ func (l *logs) summary(ctx context.Context, log auditlog.Stored, s *selection) *
 		if e, ok := l.index.Entry(log); ok && (!e.Clear || len(l.ids) == 0) {
 			if m, enough := s.indexed(e); enough {
 				if e.Clear {
+					m.Unread = e.Records
 					l.t.countUnread(auditlog.Report{Unread: e.Records})
 				}
 				return m

@@ -228,8 +228,11 @@ func labelled(label, v string) string {
 func (t *tool) tell(w *textWriter, a *account) {
 	w.line("%s %s: %s", map[bool]string{true: "gate log", false: "session"}[a.report.Kind == "gate"], a.ID, a.State)
 	end := "still open"
-	if a.Cause != "" {
+	switch {
+	case a.Cause != "":
 		end = "ended: " + a.Cause
+	case a.report.Unread > 0 && a.State != auditlog.Live:
+		end = "its end is not shown"
 	}
 	w.field("time", t.time(a.Start)+" to "+t.time(a.End), time.Duration(a.Seconds*float64(time.Second)).Round(time.Millisecond).String(), end)
 	key := "not pinned, see --key"
@@ -237,6 +240,7 @@ func (t *tool) tell(w *textWriter, a *account) {
 		key = "pinned"
 	}
 	w.field("signed by", strings.Join(a.report.Keys, " ")+" ("+key+")")
+	w.field("not shown", unreadText(a.report))
 	t.tellAccount(w, a)
 	for _, c := range a.channels {
 		c.tellStreams(w)
@@ -269,12 +273,18 @@ func (t *tool) tellAccount(w *textWriter, a *account) {
 	all, cut := t.moments(a)
 	w.line("")
 	w.line("what happened (gate: seen by the gate; inside: reported from inside; ?: not known)")
+	clock := t.clockFrom(a.Start)
 	for _, m := range all {
 		number := ""
 		if m.channel > 0 {
 			number = fmt.Sprint(m.channel)
 		}
-		w.lead = fmt.Sprintf("  %s %-6s %3s  ", t.clock(m.at), m.who, number)
+		at := clock(m.at)
+		if day, rest, other := strings.Cut(at, " "); other {
+			w.line("  %s", day)
+			at = rest
+		}
+		w.lead = fmt.Sprintf("  %s %-6s %3s  ", at, m.who, number)
 		m.tell(w)
 	}
 	w.lead = "  "

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -58,10 +59,44 @@ func (s style) state(text string) string {
 	return s.code("33", text)
 }
 
-// pager is the auditor's pager, which takes what a command prints.
+// pager is the auditor's pager, which takes what a command prints. It begins with the first of it: until then the terminal is the
+// progress's.
 type pager struct {
-	io.WriteCloser
+	cmd   *exec.Cmd
 	style style
+	in    io.WriteCloser // nil: not begun, or it could not be
+
+	begun  atomic.Bool // also set where it could not be
+	before func()      // called once it is set; nil: nothing
+}
+
+// Write begins the pager if need be. It is not for several goroutines.
+func (p *pager) Write(b []byte) (int, error) {
+	if !p.begun.Swap(true) {
+		if p.before != nil {
+			p.before()
+		}
+		in, err := p.cmd.StdinPipe()
+		if err == nil {
+			err = p.cmd.Start()
+		}
+		if err != nil {
+			return 0, fmt.Errorf("$PAGER: %w", err)
+		}
+		p.in = in
+	}
+	if p.in == nil {
+		return 0, os.ErrClosed
+	}
+	return p.in.Write(b)
+}
+
+// close waits until the reader has seen all.
+func (p *pager) close() error {
+	if p.in == nil {
+		return nil
+	}
+	return errors.Join(p.in.Close(), p.cmd.Wait())
 }
 
 // paged calls f with where to print to: the pager of $PAGER, or less, if standard output is a terminal, else standard output.
@@ -84,38 +119,34 @@ func (t *tool) paged(c *cobra.Command, f func(out io.Writer) error) error {
 		return f(out)
 	}
 	// F: not for what fits the screen. R: colours, and nothing else, are passed on. X: what was shown stays.
-	p := exec.Command(path, words[1:]...)
-	p.Env = append(os.Environ(), "LESS="+cmp.Or(os.Getenv("LESS"), "FRX"))
-	p.Stdout, p.Stderr = out, c.ErrOrStderr()
-	in, err := p.StdinPipe()
-	if err != nil {
-		return err
-	}
-	if err := p.Start(); err != nil {
-		return err
-	}
-	err = f(&pager{in, styleOf(out)})
-	if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
+	p := &pager{cmd: exec.Command(path, words[1:]...), style: styleOf(out)}
+	p.cmd.Env = append(os.Environ(), "LESS="+cmp.Or(os.Getenv("LESS"), "FRX"))
+	p.cmd.Stdout, p.cmd.Stderr = out, c.ErrOrStderr()
+	err = f(p)
+	if p.in != nil && (errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed)) {
 		err = nil // the reader has seen enough
 	}
-	return errors.Join(err, in.Close(), p.Wait())
+	return errors.Join(err, p.close())
 }
 
 // progress tells on a terminal how far a long reading is. It is erased when that ends.
 type progress struct {
-	w io.Writer // nil: nobody looks
+	w     io.Writer // nil: nobody looks
+	pager *pager    // nil: none. It has the terminal once it has begun
 
 	mu   sync.Mutex // guards all below: who lists is not who prints
 	last time.Time
 	text string
 }
 
-// newProgress tells on stderr, unless out is a pager, which has the terminal then.
+// newProgress tells on stderr, until out is a pager that has begun.
 func newProgress(out, stderr io.Writer) *progress {
 	p := &progress{}
-	_, paging := out.(*pager)
-	if _, ok := isTerminal(stderr); ok && !paging {
+	if _, ok := isTerminal(stderr); ok {
 		p.w = stderr
+	}
+	if p.pager, _ = out.(*pager); p.pager != nil {
+		p.pager.before = p.clear
 	}
 	return p
 }
@@ -127,7 +158,7 @@ func (p *progress) set(format string, args ...any) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if time.Since(p.last) < time.Second/5 {
+	if p.pager != nil && p.pager.begun.Load() || time.Since(p.last) < time.Second/5 {
 		return
 	}
 	p.last = time.Now()
