@@ -2,11 +2,13 @@ package auditlog
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/klauspost/compress/s2"
@@ -160,8 +162,15 @@ func (w *segmentWriter) following(whole Hash, now time.Time) Header {
 	return h
 }
 
-// minCompress is the size below which compressing costs more than it brings.
-const minCompress = 96
+const (
+	// minCompress is the size below which compressing costs more than it brings.
+	minCompress = 96
+	// s2Part is how much s2 looks at once: below 16 KiB its table is one of 16 KiB, which stays in a processor's first cache. Of
+	// text that saves a fifth of the time, and stores a twelfth more (measured against whole frames of 1 MiB).
+	s2Part = 16<<10 - 1
+	// s2PartExtra is more than a part that does not compress grows by: at most by 6 bytes, as s2.MaxEncodedLen says.
+	s2PartExtra = 8
+)
 
 // compress gives what a frame's records are stored as. fast says that they came quickly: then s2, at a fifth of zstd's
 // cost or less, unless the configuration names a codec. out is used if it has room.
@@ -170,10 +179,7 @@ func (l *Log) compress(records, out []byte, fast bool) (codec uint8, payload []b
 	case l.cfg.Codec == "none" || len(records) < minCompress:
 		return codecNone, records
 	case l.cfg.Codec == "s2" || l.cfg.Codec == "auto" && fast:
-		if n := s2.MaxEncodedLen(len(records)); cap(out) < n {
-			out = make([]byte, n)
-		}
-		codec, payload = codecS2, s2.Encode(out[:cap(out)], records)
+		codec, payload = codecS2, appendS2(out[:0], records)
 	default:
 		codec, payload = codecZstd, l.zstd.EncodeAll(records, out[:0])
 	}
@@ -181,6 +187,25 @@ func (l *Log) compress(records, out []byte, fast bool) (codec uint8, payload []b
 		return codecNone, records // does not compress: reading it back shall cost nothing
 	}
 	return codec, payload
+}
+
+// appendS2 adds records as one S2 block, whose parts are encoded apart: a block is its decoded length and then elements, and blocks
+// can be joined by their elements (s2.ConcatBlocks does; here nothing is copied).
+func appendS2(b, records []byte) []byte {
+	const lengthBytes = binary.MaxVarintLen32
+	b = slices.Grow(b, lengthBytes+len(records)+s2PartExtra*(len(records)/s2Part+1))
+	b = binary.AppendUvarint(b, uint64(len(records)))
+	var length, kept [lengthBytes]byte
+	for part := range slices.Chunk(records, s2Part) {
+		// A part is encoded with its length in place of the end of the one before, which is put back.
+		n := binary.PutUvarint(length[:], uint64(len(part)))
+		at := len(b) - n
+		copy(kept[:n], b[at:])
+		end := at + len(s2.Encode(b[at:cap(b)], part))
+		copy(b[at:], kept[:n])
+		b = b[:end]
+	}
+	return b
 }
 
 // newZstd makes the encoder that all sessions share; it holds at most as many states as there are processors.
