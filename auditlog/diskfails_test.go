@@ -34,7 +34,8 @@ func TestDiskFails(t *testing.T) {
 // diskFails reports whether the session had an n-th operation.
 func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 	what := fmt.Sprintf("%v at operation %d (once: %v)", failure, n, once)
-	tp := newTape()
+	dir := t.TempDir()
+	tp := newTape(dir)
 	var armed, mended atomic.Bool
 	bad := map[int]bool{} // files whose sync failed
 	count, at := 0, ""
@@ -58,7 +59,7 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 		return failure
 	}
 	store := &shelf{objects: make(map[string][]byte)}
-	cfg := powerConfig(t.TempDir())
+	cfg := powerConfig(dir)
 	l, err := auditlog.OpenOn(t.Context(), tp, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
 	must(t, err)
 	promised := map[string]int{}

@@ -97,7 +97,7 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 	if err := checkKey(key); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
-	if err := makeSpool(d, cfg.Spool); err != nil {
+	if err := makeDir(d, cfg.Spool); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	lock, err := lockDir(filepath.Join(cfg.Spool, "lock"))

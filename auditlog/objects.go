@@ -64,8 +64,12 @@ func (l *Log) openTree() error {
 	if l.cfg.Tree == "" {
 		return nil
 	}
-	var err error
-	l.tree, err = tlog.Open(tlog.Config{Dir: l.cfg.Tree, Gate: l.gate, Signer: l.key, Beat: l.cfg.CheckpointInterval,
+	// The directory's name is durable before a leaf is: without its leaves, what they name could not be proven.
+	err := makeDir(l.disk, l.cfg.Tree)
+	if err != nil {
+		return err
+	}
+	l.tree, err = tlog.Open(tlog.Config{Dir: l.cfg.Tree, Disk: treeDisk{l.disk}, Gate: l.gate, Signer: l.key, Beat: l.cfg.CheckpointInterval,
 		Delay: min(l.cfg.SegmentAge, l.cfg.CheckpointInterval), Put: l.putObjects, Slog: l.log,
 		Busy: func(queue string) bool { return l.uploads.waitingIn(queue) >= busyObjects }})
 	if err != nil {

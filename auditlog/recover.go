@@ -48,7 +48,8 @@ func (f spoolFile) upload(d disk, dir string) (upload, error) {
 
 // readSpool lists a spool's segments by log and number. It removes what probes left, and at a start also what a crash left of objects
 // that were being written.
-func readSpool(dir string, start bool) ([]spoolFile, error) {
+func (l *Log) readSpool(start bool) ([]spoolFile, error) {
+	dir := l.cfg.Spool
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -59,7 +60,7 @@ func readSpool(dir string, start bool) ([]spoolFile, error) {
 		entries, err := d.ReadDir(1024)
 		for _, e := range entries {
 			if strings.HasSuffix(e.Name(), probeSuffix) || start && strings.HasSuffix(e.Name(), unfinishedSuffix) {
-				os.Remove(filepath.Join(dir, e.Name())) // one that stays holds up nothing
+				l.disk.Remove(filepath.Join(dir, e.Name())) // one that stays holds up nothing
 				continue
 			}
 			f, ok := parseSpoolName(e.Name())
@@ -106,7 +107,7 @@ func parseSpoolName(name string) (spoolFile, bool) {
 // recover seals what an earlier gate left unsealed and queues all that waits for the store. What can't be sealed, as a file can't be
 // read or the disk is full, stays for the next start: it shall not keep all others from the store, which alone makes room.
 func (l *Log) recover(ctx context.Context) error {
-	files, err := readSpool(l.cfg.Spool, true)
+	files, err := l.readSpool(true)
 	if err != nil {
 		return err
 	}

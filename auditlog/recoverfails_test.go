@@ -60,7 +60,7 @@ func TestRecoverFails(t *testing.T) {
 				var disk auditlog.Disk
 				var mended atomic.Bool
 				if full {
-					tp := tapeOf(spool)
+					tp := tapeOf(cfg.Spool, spool)
 					tp.fault = func(o op) error {
 						if !mended.Load() && (o.kind == "write" || o.kind == "create") {
 							return syscall.ENOSPC

@@ -356,7 +356,7 @@ func (u *uploader) rescan() {
 	u.scanning = true
 	u.mu.Unlock()
 
-	files, err := readSpool(u.l.cfg.Spool, false)
+	files, err := u.l.readSpool(false)
 	all := err == nil
 	for i := 0; all && i < len(files); i++ {
 		all = u.found(files[i:])
