@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -239,6 +240,77 @@ func (x *Index) CompareIndex(fromLog Entry) string {
 		}
 	}
 	return "the index says otherwise than the log"
+}
+
+// EntryMark is what is kept of an entry to hold it against its log, where many are.
+type EntryMark struct {
+	all, core      [16]byte // hashes: of all of the entry, and of what a log that can't be read tells as well
+	set            uint16   // of ClearFields, where Clear
+	partial, clear bool
+}
+
+// Mark gives the entry's.
+func (e *Entry) Mark() (EntryMark, error) {
+	m := EntryMark{partial: e.Partial, clear: e.Clear}
+	if e.Clear {
+		m.set = fieldsMask(setFields(e))
+	}
+	var err error
+	if m.core, err = e.core(e.Partial).hash(); err == nil {
+		m.all, err = e.hash()
+	}
+	return m, err
+}
+
+// Fits says whether the entry is the one that follows from the log (EntryOf). Of a log that could not be read completely only what its
+// headers and sizes tell is compared.
+func (m EntryMark) Fits(fromLog Entry, complete bool) bool {
+	core, err := fromLog.core(m.partial).hash()
+	if err != nil || core != m.core {
+		return false
+	}
+	if m.partial || !complete {
+		return true
+	}
+	want := &fromLog
+	if m.clear {
+		want = want.clear(maskedFields(m.set))
+	}
+	all, err := want.hash()
+	return err == nil && all == m.all
+}
+
+// core is what a log tells that is encrypted; of one that a restart sealed, what that knows.
+func (e *Entry) core(partial bool) *Entry {
+	c := &Entry{ID: e.ID, Gate: e.Gate, Start: e.Start, Last: e.Last}
+	if !partial {
+		c.Segments, c.Bytes = e.Segments, e.Bytes
+	}
+	return c
+}
+
+func (e *Entry) hash() ([16]byte, error) {
+	b, err := encMode.Marshal(e)
+	sum := sha256.Sum256(b)
+	return [16]byte(sum[:16]), err
+}
+
+func fieldsMask(fields []string) (mask uint16) {
+	for i, f := range ClearFields {
+		if slices.Contains(fields, f) {
+			mask |= 1 << i
+		}
+	}
+	return mask
+}
+
+func maskedFields(mask uint16) (fields []string) {
+	for i, f := range ClearFields {
+		if mask>>i&1 == 1 {
+			fields = append(fields, f)
+		}
+	}
+	return fields
 }
 
 // setFields are those of ClearFields that an entry has.

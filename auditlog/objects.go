@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/sallyport/sallyport/auditlog/tlog"
@@ -115,18 +116,29 @@ func (l *Log) startTree() (stop func()) {
 	return func() { cancel(); <-done }
 }
 
-// closeTree enters what came to the store while the log closed, and brings that to the store too until ctx is done.
+// closeTree enters what came to the store while the log closed, and brings that to the store too until ctx is done. The transparency
+// log is told to be closed only if no log waits in the spool: whoever reads that it is shall miss nothing.
 func (l *Log) closeTree(ctx context.Context) error {
 	if l.tree == nil {
 		return nil
 	}
 	l.queueing.Store(false)
-	err := l.tree.Close()
+	all, err := l.emptied()
+	if err != nil {
+		l.log.Error("audit log: spool", "error", err)
+	}
+	err = l.tree.Close(all)
 	last := newUploader(l)
 	last.overflow = true // looks at the spool
 	last.start()
 	last.close(ctx)
 	return err
+}
+
+// emptied says whether the spool holds no log any more, but objects at most.
+func (l *Log) emptied() (bool, error) {
+	files, err := readSpool(l.cfg.Spool, false)
+	return err == nil && !slices.ContainsFunc(files, func(f spoolFile) bool { return f.suffix != objectSuffix }), err
 }
 
 // enter adds a log to the transparency log once its last segment is in the store. The segment is in the spool until its leaf is

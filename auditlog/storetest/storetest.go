@@ -1,4 +1,4 @@
-// Package storetest is the contract of auditlog.Store and auditlog.Source as a test suite.
+// Package storetest is the contract of auditlog.Store and auditlog.Source as a test suite, and Resign for tests of what is verified.
 package storetest
 
 import (

@@ -32,6 +32,7 @@ type Checkpoint struct {
 	Size      int64
 	Root      Hash
 	Key       ed25519.PublicKey // that signed; says nothing of whose it is
+	Closed    bool              // the gate stopped, and all of its logs are in the store: nothing follows, unless it starts again
 	Entries   [][]byte          // Size - Old of them
 	Signature []byte
 }
@@ -39,10 +40,17 @@ type Checkpoint struct {
 // Origin names the log.
 func (c *Checkpoint) Origin() string { return Origin(c.Gate, c.Log) }
 
-// text is what is signed: a C2SP checkpoint with three lines more.
+// closedLine is the last line of a checkpoint that is Closed.
+const closedLine = "closed"
+
+// text is what is signed: a C2SP checkpoint with three lines more, or four.
 func (c *Checkpoint) text() string {
-	return fmt.Sprintf("%s\n%d\n%s\nnumber %d\ntime %s\nkey %s\n", c.Origin(), c.Size, base64.StdEncoding.EncodeToString(c.Root[:]),
+	s := fmt.Sprintf("%s\n%d\n%s\nnumber %d\ntime %s\nkey %s\n", c.Origin(), c.Size, base64.StdEncoding.EncodeToString(c.Root[:]),
 		c.Number, c.Time.UTC().Format(time.RFC3339Nano), base64.StdEncoding.EncodeToString(c.Key))
+	if c.Closed {
+		s += closedLine + "\n"
+	}
+	return s
 }
 
 // Note is the checkpoint alone, as a C2SP signed note: what is worth keeping elsewhere.
@@ -148,10 +156,10 @@ func ParseNote(b []byte) (*Checkpoint, error) {
 	}
 	text, _, ok := bytes.Cut(b, []byte("\n\n"))
 	lines := strings.Split(string(text), "\n")
-	if !ok || len(lines) != 6 {
-		return nil, errors.New("checkpoint: not a note of six lines")
+	if !ok || len(lines) != 6 && len(lines) != 7 {
+		return nil, errors.New("checkpoint: not a note of six lines or seven")
 	}
-	c := &Checkpoint{}
+	c := &Checkpoint{Closed: len(lines) == 7} // whether the seventh is the right one is seen below
 	var err error
 	if c.Gate, c.Log, err = ParseOrigin(lines[0]); err != nil {
 		return nil, fmt.Errorf("checkpoint: %w", err)

@@ -285,11 +285,14 @@ func (l *Log) Run(ctx context.Context) {
 const retryAfter = 5 * time.Second
 
 // Cut makes a checkpoint of what there is, and more if one can't carry it all.
-func (l *Log) Cut() error {
+func (l *Log) Cut() error { return l.cutAll(false) }
+
+// cutAll makes checkpoints until all is said; the last says that the log is closed, if it is.
+func (l *Log) cutAll(closed bool) error {
 	l.cutting.Lock()
 	defer l.cutting.Unlock()
 	for {
-		more, err := l.cut()
+		more, err := l.cut(closed)
 		l.mu.Lock()
 		l.failed = err
 		l.mu.Unlock()
@@ -302,15 +305,17 @@ func (l *Log) Cut() error {
 	}
 }
 
-func (l *Log) cut() (more bool, err error) {
+func (l *Log) cut(closed bool) (more bool, err error) {
+	said := false // that it is closed
 	if l.next == nil {
 		l.mu.Lock()
 		entries := l.entries[:min(len(l.entries), MaxCheckpointEntries)]
+		said = closed && len(entries) == len(l.entries)
 		l.mu.Unlock()
-		if len(entries) == 0 && l.cfg.Busy(l.queue(l.state)) {
+		if len(entries) == 0 && !closed && l.cfg.Busy(l.queue(l.state)) {
 			return false, nil
 		}
-		if l.next, err = l.make(entries); err != nil {
+		if l.next, err = l.make(entries, said); err != nil {
 			return false, err
 		}
 	}
@@ -343,11 +348,11 @@ func (l *Log) cut() (more bool, err error) {
 			return false, err
 		}
 	}
-	return leaves == MaxCheckpointEntries && len(l.entries) > 0, nil
+	return closed && !said || leaves == MaxCheckpointEntries && len(l.entries) > 0, nil
 }
 
 // make gives the state after a checkpoint with these leaves, and its objects: the checkpoint and the tiles that are full now.
-func (l *Log) make(entries [][]byte) (*state, error) {
+func (l *Log) make(entries [][]byte, closed bool) (*state, error) {
 	s := l.state
 	if s.Number > maxNumber {
 		return nil, errors.New("it has no more numbers: remove the directory tlog in the state directory, and a new log begins")
@@ -359,7 +364,7 @@ func (l *Log) make(entries [][]byte) (*state, error) {
 		tiles = append(tiles, tree.Append(prefix, e)...)
 	}
 	c := &Checkpoint{Gate: s.Gate, Log: s.Log, Number: s.Number, Time: time.Now().UTC(), Old: s.Tree.Size, Size: tree.Size,
-		Root: tree.Root(), Entries: entries}
+		Root: tree.Root(), Entries: entries, Closed: closed}
 	if err := c.Sign(l.cfg.Signer); err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
 	}
@@ -379,15 +384,16 @@ func (l *Log) Err() error {
 	return l.failed
 }
 
-// Close makes a last checkpoint if leaves wait, and closes the files. Run must have ended.
-func (l *Log) Close() error {
+// Close makes a last checkpoint and closes the files. all says that everything the gate has recorded is in the store: then the
+// checkpoint says that the log is closed. Otherwise there is one only if leaves wait. Run must have ended.
+func (l *Log) Close(all bool) error {
 	l.mu.Lock()
 	l.closed = true
 	waits := len(l.entries) > 0
 	l.mu.Unlock()
 	var err error
-	if waits {
-		err = l.Cut()
+	if waits || all {
+		err = l.cutAll(all)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -219,7 +219,7 @@ func TestLog(t *testing.T) {
 	must(t, l.Cut())
 	must(t, l.Cut()) // with nothing to say
 	add(300)
-	must(t, l.Close()) // says the last
+	must(t, l.Close(false)) // says the last
 	l = open(t, s, dir)
 	if Dir(l.state.Gate, l.state.Log) != prefix {
 		t.Fatal("a new log was begun")
@@ -240,9 +240,115 @@ func TestLog(t *testing.T) {
 	if l.state.Number != number+1 {
 		t.Error("did not speak with a leaf while many objects wait")
 	}
-	must(t, l.Close())
+	must(t, l.Close(false))
 	if err := l.Add([]byte("x")); err == nil {
 		t.Error("a closed log took a leaf")
+	}
+}
+
+// A log that is closed says so in its last checkpoint, whatever waited, and goes on when it is opened again. One that is closed with
+// logs still in the spool does not say it.
+func TestClosed(t *testing.T) {
+	for what, c := range map[string]struct {
+		leaves  int
+		pending bool // a checkpoint was made and not handed on
+		busy    bool
+		all     bool
+		want    []bool // Closed, of the checkpoints after the first
+	}{
+		"no leaves":               {0, false, false, true, []bool{true}},
+		"leaves":                  {3, false, false, true, []bool{true}},
+		"more than fit into one":  {MaxCheckpointEntries + 1, false, false, true, []bool{false, true}},
+		"as many as fit into one": {MaxCheckpointEntries, false, false, true, []bool{true}},
+		"one pending":             {1, true, false, true, []bool{false, true}},
+		"many wait":               {0, false, true, true, []bool{true}},
+		"not all":                 {3, false, false, false, []bool{false}},
+		"not all, no leaves":      {0, false, false, false, nil},
+	} {
+		t.Run(what, func(t *testing.T) {
+			dir, s := t.TempDir(), newSpool()
+			l := open(t, s, dir)
+			prefix := Dir(l.state.Gate, l.state.Log)
+			must(t, l.Cut())
+			for n := range c.leaves {
+				l.entries = append(l.entries, fmt.Appendf(nil, "leaf %d", n)) // Add syncs each
+			}
+			must(t, l.rewriteWaiting())
+			if c.pending {
+				s.fail = errors.New("disk full")
+				if err := l.Cut(); !errors.Is(err, s.fail) {
+					t.Fatal(err)
+				}
+				s.fail = nil
+			}
+			s.busy = c.busy
+			must(t, l.Close(c.all))
+			closed := func() (all []bool) {
+				t.Helper()
+				if got := s.replay(t, prefix); len(got) != c.leaves {
+					t.Errorf("%d leaves, want %d", len(got), c.leaves)
+				}
+				for n := uint32(1); ; n++ {
+					b, ok := s.objects[CheckpointName(prefix, n)]
+					if !ok {
+						return all
+					}
+					cp, err := ParseCheckpoint(b)
+					must(t, err)
+					all = append(all, cp.Closed)
+				}
+			}
+			if got := closed(); fmt.Sprint(got) != fmt.Sprint(c.want) {
+				t.Errorf("closed: %v, want %v", got, c.want)
+			}
+			s.busy = false
+			l = open(t, s, dir)
+			must(t, l.Cut())
+			if got := closed(); fmt.Sprint(got) != fmt.Sprint(append(c.want, false)) {
+				t.Errorf("opened again: %v", got)
+			}
+			must(t, l.Close(false))
+		})
+	}
+}
+
+// What the first version wrote is read, and is what is written where a log is not closed. One that is closed has a line more.
+func TestCheckpointSample(t *testing.T) {
+	const was = "sallyport checkpoint v1\nold 1\nleaf YWJjZA==\n\nsallyport/g/l\n2\n47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=\n" +
+		"number 3\ntime 2026-03-01T12:00:00.000000005Z\nkey 6kpsY+KcUgq+9VB7Ey7F+ZVHdq6+vnuSQh7qaRRG0iw=\n\n" +
+		"— sallyport/g/l TnF44Ao+JD02VOhJDHh1wITePv1FFQMKV4ZbeRGgxTTvqit8OGwN/YMEjw5+72v6G3rV+YsbO1THiVQ8/g2mhVxemwQ=\n"
+	c := &Checkpoint{Gate: "g", Log: "l", Number: 3, Time: time.Date(2026, 3, 1, 12, 0, 0, 5, time.UTC), Old: 1, Size: 2, Root: (&Tree{}).Root(),
+		Entries: [][]byte{[]byte("abcd")}}
+	must(t, c.Sign(testKey))
+	b, err := c.Encode()
+	must(t, err)
+	if string(b) != was {
+		t.Errorf("%q", b)
+	}
+	if _, err := ParseCheckpoint([]byte(was)); err != nil {
+		t.Error(err)
+	}
+	c.Closed = true
+	must(t, c.Sign(testKey))
+	b, err = c.Encode()
+	must(t, err)
+	again, err := ParseCheckpoint(b)
+	must(t, err)
+	if !again.Closed || !strings.Contains(string(b), "\nclosed\n\n— ") {
+		t.Errorf("%q", b)
+	}
+	for what, s := range map[string]string{
+		"mark added":       strings.Replace(was, "=\n\n—", "=\nclosed\n\n—", 1),
+		"mark taken away":  strings.Replace(string(b), "closed\n", "", 1),
+		"another mark":     strings.Replace(string(b), "closed\n", "broken\n", 1),
+		"two marks":        strings.Replace(string(b), "closed\n", "closed\nclosed\n", 1),
+		"an empty line":    strings.Replace(string(b), "closed\n", "\n", 1),
+		"mark elsewhere":   strings.Replace(strings.Replace(string(b), "closed\n", "", 1), "number 3\n", "closed\nnumber 3\n", 1),
+		"signature of was": string(b[:bytes.Index(b, []byte("— "))]) + was[strings.Index(was, "— "):],
+	} {
+		if _, err := ParseCheckpoint([]byte(s)); err == nil || s == was || s == string(b) {
+			t.Errorf("%s: taken", what)
+		}
 	}
 }
 
@@ -276,7 +382,7 @@ func TestRun(t *testing.T) {
 	await(4, "leaf YWJj")
 	cancel()
 	<-done
-	must(t, l.Close())
+	must(t, l.Close(false))
 }
 
 // A crash at any moment loses no leaf that Add has taken, and never writes a name with other bytes. A crash is a copy of the state
@@ -336,7 +442,7 @@ func TestCrash(t *testing.T) {
 			if got := s.replay(t, prefix); fmt.Sprint(got) != fmt.Sprint(want) {
 				t.Errorf("leaves %.200q, want %.200q", got, want)
 			}
-			must(t, l.Close())
+			must(t, l.Close(false))
 		})
 	}
 }
@@ -371,7 +477,7 @@ func TestFailure(t *testing.T) {
 	if err := l.Cut(); err == nil || !strings.Contains(err.Error(), "does not verify") {
 		t.Error("a wrong signature was taken:", err)
 	}
-	must(t, l.Close())
+	must(t, l.Close(false))
 }
 
 // A log is opened while nothing can be written, also with a checkpoint that was made and not handed on: it says so, takes no leaves
@@ -408,7 +514,7 @@ func TestOpenFull(t *testing.T) {
 			s.fail = nil
 			must(t, l.Cut())
 			must(t, l.Add([]byte("z")))
-			must(t, l.Close())
+			must(t, l.Close(false))
 			l = open(t, s, dir)
 			want := "[a b z]"
 			if pending {
@@ -417,7 +523,7 @@ func TestOpenFull(t *testing.T) {
 			if got := s.replay(t, prefix); fmt.Sprint(got) != want || len(l.entries) > 0 || Dir(l.state.Gate, l.state.Log) != prefix {
 				t.Errorf("%s, want %s; %d wait", got, want, len(l.entries))
 			}
-			must(t, l.Close())
+			must(t, l.Close(false))
 		})
 	}
 }
@@ -474,7 +580,7 @@ func TestLost(t *testing.T) {
 			if got := s.replay(t, Dir(l.state.Gate, l.state.Log)); fmt.Sprint(got) != "[b]" {
 				t.Error(got)
 			}
-			must(t, l.Close())
+			must(t, l.Close(false))
 		})
 	}
 }
@@ -505,7 +611,7 @@ func TestTorn(t *testing.T) {
 			must(t, os.WriteFile(filepath.Join(dir, waitFile), []byte(lines), 0o600))
 			l = open(t, s, dir)
 			must(t, l.Add([]byte("z")))
-			must(t, l.Close())
+			must(t, l.Close(false))
 			if got := s.replay(t, prefix); fmt.Sprint(got) != c.want {
 				t.Errorf("%s, want %s", got, c.want)
 			}
@@ -539,13 +645,19 @@ func TestLostTwice(t *testing.T) {
 		if got := s.replay(t, Dir(l.state.Gate, l.state.Log)); fmt.Sprint(got) != want {
 			t.Errorf("%s: %s, want %s", gate, got, want)
 		}
-		must(t, l.Close())
+		must(t, l.Close(false))
 	}
 }
 
 // Every byte of a checkpoint's object counts, also those that base64 does not need.
 func TestFlipped(t *testing.T) {
-	c := &Checkpoint{Gate: "g", Log: "l", Number: 3, Time: time.Unix(1, 5).UTC(), Old: 1, Size: 3, Entries: [][]byte{[]byte("abcd"), {}}}
+	for _, closed := range []bool{false, true} {
+		flipped(t, &Checkpoint{Gate: "g", Log: "l", Number: 3, Time: time.Unix(1, 5).UTC(), Old: 1, Size: 3, Closed: closed,
+			Entries: [][]byte{[]byte("abcd"), {}}})
+	}
+}
+
+func flipped(t *testing.T, c *Checkpoint) {
 	must(t, c.Sign(testKey))
 	b, err := c.Encode()
 	must(t, err)
@@ -588,6 +700,12 @@ func FuzzCheckpoint(f *testing.F) {
 	n, _ := c.Note()
 	f.Add(b)
 	f.Add(n)
+	c.Closed = true
+	if err := c.Sign(testKey); err != nil {
+		f.Fatal(err)
+	}
+	b, _ = c.Encode()
+	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if c, err := ParseCheckpoint(b); err == nil {
 			again, err := c.Encode()

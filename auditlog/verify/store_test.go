@@ -115,8 +115,10 @@ type gate struct {
 	key   byte
 	name  string // "": gate-1
 
-	noTree bool
-	index  bool
+	noTree     bool
+	index      bool
+	indexAge   time.Duration
+	recipients []string
 	*auditlog.Log
 }
 
@@ -127,7 +129,8 @@ func (g *gate) open() {
 		tree = ""
 	}
 	l, err := auditlog.Open(context.Background(), auditlog.Config{Spool: filepath.Join(g.dir, "spool"), Tree: tree,
-		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index}, key(g.key), g.store, cmp.Or(g.name, "gate-1"),
+		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index, IndexAge: g.indexAge, Recipients: g.recipients}, key(g.key), g.store,
+		cmp.Or(g.name, "gate-1"),
 		slog.New(slog.DiscardHandler))
 	must(g.t, err)
 	g.Log = l

@@ -36,6 +36,7 @@ type tree struct {
 	report Tree
 	tree   *tlog.Tree
 	next   uint32 // number of the next checkpoint
+	closed bool   // says the newest checkpoint
 	broken bool   // leaves are missing: what follows can't be proven
 	tiles  map[string]tile
 	since  []*tlog.Checkpoint // those of this log
@@ -156,7 +157,7 @@ func (t *tree) checkpoint(ctx context.Context, name string, number uint32, b []b
 	if !t.checkKey(name, c.Key) {
 		return // a stranger's leaves are no leaves
 	}
-	t.report.Newest = c.Time
+	t.report.Newest, t.closed = c.Time, c.Closed
 	if t.report.First.IsZero() {
 		t.report.First = c.Time
 	}
@@ -361,8 +362,12 @@ func (v *Run) endTrees() error {
 	for _, o := range origins {
 		t := v.trees[o]
 		t.report.Ended = newest[t.report.Gate] != t && newest[t.report.Gate].report.First.After(t.report.Newest)
+		t.report.Age = v.age(t.report.Newest)
 		if t.report.Newest.After(v.Summary.Newest) {
-			v.Summary.Newest = t.report.Newest
+			v.Summary.Newest, v.Summary.Age = t.report.Newest, t.report.Age
+		}
+		if t.report.End = t.ends(); t.report.End == Open {
+			v.Summary.Open++
 		}
 		v.Summary.Problems += len(t.report.Problems) + t.report.More
 		v.Summary.Trees = append(v.Summary.Trees, t.report)
@@ -371,6 +376,28 @@ func (v *Run) endTrees() error {
 		}
 	}
 	return nil
+}
+
+// age is that of a log's newest checkpoint, by this machine's clock when the checkpoints were looked for: however long it took to read
+// them, later ones need not be there. It is negative for one of the future, by more than clocks may be apart.
+func (v *Run) age(newest time.Time) time.Duration {
+	if v.ahead(newest) {
+		return v.Options.Now().Sub(newest)
+	}
+	return max(0, v.began.Sub(newest))
+}
+
+// ends says whether the end of the log may be missing.
+func (t *tree) ends() End {
+	switch {
+	case t.closed:
+		return Closed
+	case !t.report.Newest.IsZero() && t.report.Age >= 0 && t.report.Age <= t.v.Options.Beat:
+		return GoesOn
+	case slices.ContainsFunc(t.since, func(c *tlog.Checkpoint) bool { return c.Number+1 == t.next }):
+		return Kept
+	}
+	return Open
 }
 
 // missing names the logs that have a leaf and are not in the store. Only their hashes are known, so the leaves are read again.

@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"filippo.io/age"
+
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/tlog"
 )
@@ -44,6 +46,10 @@ type Options struct {
 	From, To string
 	// Since are checkpoints that an auditor has kept: the store's logs must go on from them.
 	Since []*tlog.Checkpoint
+	// Identities read what is encrypted: then its content is checked, too.
+	Identities []age.Identity
+	// Beat is how old the newest checkpoint of a transparency log may be that goes on. Default a minute.
+	Beat time.Duration
 	// Parallel is how many logs or objects are read at once. Default: the processors, at least 4.
 	Parallel int
 	// Log is called for each log, Tree for each transparency log, Problem for what is wrong elsewhere, one call at a time.
@@ -66,11 +72,24 @@ type Tree struct {
 	First       time.Time          `json:"first"`
 	Newest      time.Time          `json:"newest"` // time of the newest checkpoint, by the gate's clock
 	Ended       bool               `json:"ended"`  // a newer log of the same gate is there, and goes on where this one ended
+	End         End                `json:"end"`
+	Age         time.Duration      `json:"-"` // of the newest checkpoint when its log was looked for; negative: it is of the future
 	Keys        []string           `json:"keys"`
 	Note        []byte             `json:"note,omitempty"` // the newest checkpoint, to keep elsewhere
 	Problems    []auditlog.Problem `json:"problems,omitempty"`
 	More        int                `json:"more_problems,omitempty"`
 }
+
+// End says whether the end of a transparency log may be missing.
+type End string
+
+// A log whose newest checkpoints were taken away is Open, unless what is left ends with one that the gate had closed it with before.
+const (
+	GoesOn End = "goes-on" // the newest checkpoint is not older than the beat
+	Closed End = "closed"  // the newest checkpoint says that the gate stopped, and that all of its logs were in the store
+	Kept   End = "kept"    // the newest checkpoint is one that the auditor has kept
+	Open   End = "open"    // none of these: the gate was killed, or the newest checkpoints were taken away
+)
 
 // Summary is what was found in all.
 type Summary struct {
@@ -81,6 +100,9 @@ type Summary struct {
 	Late    int                    `json:"late"`    // leaves that came more than an hour after the end of their log
 	Missing int                    `json:"missing"` // logs that a leaf names and the store does not have
 	Trees   []Tree                 `json:"-"`
+	Open    int                    `json:"open"`    // transparency logs whose End is Open
+	Locked  int                    `json:"locked"`  // logs that are encrypted, and to none of the identities: their content was not looked at
+	Skipped int64                  `json:"skipped"` // entries of the index that were not held against their logs, as there were too many
 	Foreign int                    `json:"foreign"` // objects that are not a gate's
 	// Problems are all that are not a log's own; those of trees and missing logs are among them.
 	Problems int       `json:"problems"`
@@ -88,6 +110,8 @@ type Summary struct {
 	Newest   time.Time `json:"newest"` // of all checkpoints
 	Objects  int       `json:"objects"`
 	Bytes    int64     `json:"bytes"`
+
+	Age time.Duration `json:"-"` // of the newest checkpoint, as in Tree
 }
 
 // Total is the number of logs.
@@ -125,6 +149,7 @@ type Run struct {
 	began  time.Time        // when the reading of checkpoints did
 	trees  map[string]*tree // by origin
 	leaves leaves
+	index  entries
 	unread error // the first of the source, of an object of a log
 	count  struct {
 		sync.Mutex
@@ -141,6 +166,9 @@ func New(src auditlog.Source, o Options) *Run {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if o.Beat <= 0 {
+		o.Beat = time.Minute
+	}
 	if o.Log == nil {
 		o.Log = func(auditlog.Report) error { return nil }
 	}
@@ -150,7 +178,7 @@ func New(src auditlog.Source, o Options) *Run {
 	if o.Problem == nil {
 		o.Problem = func(auditlog.Problem) error { return nil }
 	}
-	v := &Run{Options: o, trees: make(map[string]*tree), leaves: make(leaves)}
+	v := &Run{Options: o, trees: make(map[string]*tree), leaves: make(leaves), index: entries{of: make(map[[16]byte][]entry)}}
 	v.Source = &counter{src, v}
 	v.Summary.Logs = make(map[auditlog.State]int)
 	return v
@@ -161,7 +189,10 @@ func New(src auditlog.Source, o Options) *Run {
 func (v *Run) Store(ctx context.Context) (Summary, error) {
 	err := v.readTrees(ctx, tlog.Prefix)
 	if err == nil {
-		err = v.logs(ctx, v.stored(ctx))
+		err = v.logs(ctx, v.stored(ctx, []string{auditlog.GatePrefix, auditlog.IndexPrefix}))
+	}
+	if err == nil { // with all of the index before them
+		err = v.logs(ctx, v.stored(ctx, v.sessionPrefixes()))
 	}
 	if err == nil {
 		err = v.missing(ctx)
@@ -217,7 +248,7 @@ func (v *Run) done(ctx context.Context, err error) (Summary, error) {
 		err = errors.Join(context.Cause(ctx), v.unread)
 	}
 	v.Summary.Objects, v.Summary.Bytes = v.count.objects, v.count.bytes
-	v.Summary.Unpinned = len(v.Options.Keys) == 0
+	v.Summary.Unpinned, v.Summary.Skipped = len(v.Options.Keys) == 0, v.index.skipped.Load()
 	return v.Summary, err
 }
 
@@ -229,10 +260,9 @@ func (v *Run) within(day string) bool {
 	return (v.Options.From == "" || day >= v.Options.From) && (v.Options.To == "" || day <= v.Options.To)
 }
 
-// stored yields the logs to look at.
-func (v *Run) stored(ctx context.Context) iter.Seq2[auditlog.Stored, error] {
+// stored yields the logs to look at below some prefixes.
+func (v *Run) stored(ctx context.Context, prefixes []string) iter.Seq2[auditlog.Stored, error] {
 	return func(yield func(auditlog.Stored, error) bool) {
-		prefixes := append([]string{auditlog.GatePrefix, auditlog.IndexPrefix}, v.sessionPrefixes()...)
 		for _, p := range prefixes {
 			for log, err := range auditlog.Logs(ctx, v.Source, p) {
 				if err == nil && len(log.Segments) > 0 && !v.within(log.Name.Day) {
@@ -269,6 +299,8 @@ type checked struct {
 	leaf   []byte
 	origin string
 	end    time.Time // by its newest footer
+	says   []entry   // if it is an index
+	told   []entry   // if it is a session's log: those of it that do not fit
 	unread error     // of the source
 	err    error
 }
@@ -276,7 +308,9 @@ type checked struct {
 func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) error {
 	return ordered(ctx, v.Options.Parallel, all, func(log auditlog.Stored) checked {
 		r := auditlog.NewSessionReader(v.Source, log, v.Options.Keys...)
-		c := checked{report: r.Verify(ctx), dir: log.Name.Dir()}
+		r.Decrypt(v.Options.Identities...)
+		c := checked{dir: log.Name.Dir()}
+		v.read(ctx, r, log, &c)
 		if len(log.Segments) > 0 {
 			c.newest = log.Segments[len(log.Segments)-1].Modified
 		}
@@ -300,6 +334,12 @@ func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) e
 		}
 		v.compare(&c)
 		v.Summary.Logs[c.report.State]++
+		if c.report.Unread > 0 {
+			v.Summary.Locked++
+		}
+		if err := v.compareIndex(&c); err != nil {
+			return err
+		}
 		return v.Options.Log(c.report)
 	})
 }

@@ -57,7 +57,8 @@ A bucket is read with a credential from the environment (AWS_ACCESS_KEY_ID, AWS_
 (--credentials-file, AWS_SHARED_CREDENTIALS_FILE, AWS_PROFILE). It needs s3:ListBucket on the bucket and s3:GetObject on the
 prefix. AWS_ENDPOINT_URL, AWS_REGION and AWS_CA_BUNDLE are taken where the flags are not given.
 
-A log that is encrypted is read with --identity; list and show say what they can't read. verify needs none.
+A log that is encrypted is read with --identity; list and show say what they can't read. verify needs none, and checks the content
+too if it has one.
 
 Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
 		Example: `  sallyport-audit list --store /var/lib/sallyport/log

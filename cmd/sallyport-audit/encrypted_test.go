@@ -10,6 +10,7 @@ import (
 
 	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/file"
+	"github.com/sallyport/sallyport/auditlog/storetest"
 )
 
 const (
@@ -33,7 +34,18 @@ func TestEncrypted(t *testing.T) {
 		none string   // not in either
 	}{
 		{[]string{"verify"}, 0, []string{"2 logs: 2 sealed", "encrypted to X25519, ssh-ed25519", "encrypted to mlkem768x25519"}, text},
-		{[]string{"verify", "-i", nativeAuditor}, 0, []string{"2 logs: 2 sealed"}, text},
+		{[]string{"verify"}, 0, []string{"2 logs are encrypted: their content was not looked at, all else was checked"}, text},
+		{[]string{"verify", "-i", nativeAuditor}, 1, []string{"2 logs: 2 sealed", "1 log is encrypted", "the content of 1 logs was not checked"}, text},
+		{[]string{"verify", "-i", nativeAuditor, "-i", hybridAuditor}, 0, []string{"2 logs: 2 sealed"}, "content was not"},
+		{[]string{"verify", "-i", sshAuditor, "-i", hybridAuditor}, 0, []string{"2 logs: 2 sealed"}, "content was not"},
+		{[]string{"verify", "sample-encrypted", "-i", nativeAuditor}, 0, []string{"sealed      sample-encrypted"}, "content was not"},
+		{[]string{"verify", "sample-encrypted", "-i", sshAuditor}, 0, []string{"sealed      sample-encrypted"}, "content was not"},
+		{[]string{"verify", "sample-encrypted", "-i", hybridAuditor}, 1, []string{"sealed      sample-encrypted", "none of the identities given is a recipient"}, text},
+		{[]string{"verify", "sample-hybrid", "-i", hybridAuditor}, 0, []string{"sealed      sample-hybrid"}, "content was not"},
+		{[]string{"verify", "sample-hybrid", "-i", nativeAuditor}, 1, []string{"sealed      sample-hybrid", "none of the identities given is a recipient"}, text},
+		{[]string{"verify", "sample-hybrid"}, 0, []string{"1 log is encrypted: its content was not looked at"}, text},
+		{[]string{"verify", "-i", bad}, 1, []string{"--identity: ", "line 1: malformed identity"}, "sealed"},
+		{[]string{"verify", "-i", "none"}, 1, []string{"--identity: ", "no such file"}, "sealed"},
 		{[]string{"show", "sample-encrypted"}, 1, []string{"session sample-encrypted: sealed", "not shown: 10 records of 1 logs", "to X25519, ssh-ed25519", "give an identity with -i"}, text},
 		{[]string{"show", "sample-encrypted", "-i", hybridAuditor}, 1, []string{"not shown: 10 records", "none of the identities given is a recipient"}, text},
 		{[]string{"show", "sample-encrypted", "-i", nativeAuditor}, 0, []string{text, "alice"}, "not shown"},
@@ -57,6 +69,48 @@ func TestEncrypted(t *testing.T) {
 				t.Errorf("%v: no %q in\n%s%s", c.args, w, out, errs)
 			}
 		}
+	}
+}
+
+// Bytes that only who has the key can have written, as all sums fit, and that are not what a recipient can open: nobody sees it but who
+// has an identity. For each type of recipient.
+func TestVerifyEncryptedContent(t *testing.T) {
+	for id, name := range map[string]string{nativeAuditor: "sample-encrypted", sshAuditor: "sample-encrypted", hybridAuditor: "sample-hybrid"} {
+		dir := t.TempDir()
+		if err := os.CopyFS(dir, os.DirFS(encryptedSample)); err != nil {
+			t.Fatal(err)
+		}
+		segments, err := filepath.Glob(filepath.Join(dir, "sessions/*/*/*", name, "*.seg"))
+		if err != nil || len(segments) != 4 {
+			t.Fatal(segments, err)
+		}
+		file := segments[len(segments)-1] // none has its hash
+		whole, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := keyFileOf(t, 7)
+		run := func(code int, want string, args ...string) {
+			t.Helper()
+			out, errs, got := audit(t, append(args, "--store", dir, "--key", key)...)
+			if got != code || !strings.Contains(out+errs, want) {
+				t.Errorf("%s %v: exit code %d, want %d and %q\n%s%s", name, args, got, code, want, out, errs)
+			}
+		}
+		run(0, "0 damaged", "verify")
+		flipped := storetest.Resign(t, whole, testKey, func(payload []byte) { payload[len(payload)/2] ^= 1 })
+		if err := os.WriteFile(file, flipped, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(0, "0 damaged", "verify")
+		run(exitDamaged, "does not decrypt: it is not of this place, or was altered by who could sign it", "verify", "-i", id)
+		run(exitDamaged, "does not decrypt", "verify", name, "-i", id)
+		// Changed by who has no key, it needs no identity.
+		whole[len(whole)/2] ^= 1
+		if err := os.WriteFile(file, whole, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(exitDamaged, "1 damaged", "verify")
 	}
 }
 

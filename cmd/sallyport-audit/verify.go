@@ -24,9 +24,6 @@ const (
 	exitStale    = 4
 )
 
-// maxAhead is how far the gate's clock may be ahead of ours, for --live.
-const maxAhead = time.Minute
-
 // codeError is one that has an exit code of its own.
 type codeError struct {
 	code int
@@ -39,10 +36,11 @@ func (e *codeError) Error() string { return e.text }
 type verifyOptions struct {
 	day, from, to string
 	since         []string
-	live          bool
+	live, closed  bool
 	beat          time.Duration
 	gates         []string
 	sealed, quiet bool
+	identity      bool // one was given
 	parallel      int
 }
 
@@ -54,21 +52,31 @@ func (t *tool) verifyCommand() *cobra.Command {
 gate's transparency log names them: what it names and the store does not have is missing. Of a whole store every object is read.
 Nothing but the store is asked, and the pinned keys.
 
+An encrypted log is checked as far as it goes without reading it: hashes, order, signatures. With --identity its content is, too.
+What a gate's index says is held against the logs; "index verify" says where it differs.
+
 With --key, every signature must be by one of the keys in the file. Without, a log is checked against the key that it
 names itself, and said to be unpinned: that shows damage, but not a forger with a key of his own.
 
 A live log is one that has no last segment yet. That the newest objects were taken away can't be seen from a store by anyone, but by
-the age of the newest checkpoint (--live), or from a checkpoint that was kept elsewhere (--since; the command checkpoint prints one).
+the age of the newest checkpoint, or from a checkpoint that was kept elsewhere (--since; the command checkpoint prints one). A gate that
+stops closes its transparency log: the last checkpoint says so, signed. With --closed each transparency log must either have a
+checkpoint that is not older than --beat, or be closed, or end with a checkpoint that was kept: otherwise the gate was killed, or its
+newest objects were taken away. --live asks for the same, and for a gate that is alive. If a gate was killed and you know it, keep
+the checkpoint of its log. What a gate wrote after it was started again can be taken away back to where it had closed its log before:
+name the gates that must be alive (--gate).
 
 Where old logs are deleted, as an expiry rule does, --from names the first day from which they must be there.
 
-Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there); 2 something is altered,
-cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end yet, or no checkpoint has it; 4 with
---live: the newest checkpoint is too old, or of the future. Of several, 2 comes before 4, and 4 before 3.`,
+Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there, with --identity: content that
+it does not open); 2 something is altered, cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end
+yet, or no checkpoint has it; 4 with --live: the newest checkpoint is too old, or of the future, and with --live or --closed: a
+transparency log neither goes on nor was closed. Of several, 2 comes before 4, 4 before 3, and 3 before 1.`,
 		Example: `  sallyport-audit verify /mnt/evidence --key gate.pub
   sallyport-audit verify latest
   sallyport-audit verify s3://evidence/gate-1 --day 2026-11-24 --sealed --quiet
-  sallyport-audit verify s3://evidence/gate-1 --key gate.pub --live --since kept.checkpoint`,
+  sallyport-audit verify s3://evidence/gate-1 --key gate.pub --live --since kept.checkpoint
+  sallyport-audit verify s3://evidence/gate-1 --key gate.pub --identity auditor.key`,
 		RunE: func(c *cobra.Command, args []string) error {
 			arg := ""
 			if len(args) > 0 {
@@ -83,7 +91,8 @@ cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log h
 	f.StringVar(&o.to, "to", "", "only logs that began on this day or before")
 	f.StringArrayVar(&o.since, "since", nil, "file of checkpoints that were kept: the store must go on from them")
 	f.BoolVar(&o.live, "live", false, "fail if the newest checkpoint is older than the beat: the gate is down, or objects were taken away")
-	f.DurationVar(&o.beat, "beat", time.Minute, "with --live: how old it may be")
+	f.BoolVar(&o.closed, "closed", false, "fail if a transparency log neither goes on (--beat), nor was closed by its gate, nor ends where a kept checkpoint does; --live does so too")
+	f.DurationVar(&o.beat, "beat", time.Minute, "how old the newest checkpoint of a log that goes on may be")
 	f.StringSliceVar(&o.gates, "gate", nil, "with --live: gates that must each have so new a checkpoint (default: any one)")
 	f.BoolVar(&o.sealed, "sealed", false, "fail if a log has no end yet, or is in no checkpoint yet")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print what is wrong, and the sum")
@@ -93,10 +102,11 @@ cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log h
 
 func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, stderr io.Writer) error {
 	dir := ""
-	if info, err := os.Stat(arg); strings.HasPrefix(arg, bucketScheme) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
+	// An ID has no slash: a path that is not there shall be said to be not there.
+	if info, err := os.Stat(arg); strings.ContainsAny(arg, `/\`) || arg != "" && arg != "latest" && err == nil && info.IsDir() {
 		dir, arg = arg, ""
 	}
-	options := verify.Options{Parallel: o.parallel}
+	options := verify.Options{Parallel: o.parallel, Beat: o.beat}
 	var err error
 	if options.From, options.To, err = o.days(); err != nil {
 		return err
@@ -119,6 +129,9 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	if options.Keys, err = t.keys(); err != nil {
 		return err
 	}
+	if options.Identities, err = t.identities(); err != nil {
+		return err
+	}
 	p := newVerifyProgress(stderr)
 	defer p.end()
 	options.Progress = p.show
@@ -139,7 +152,7 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	}
 	options.Tree = func(tr verify.Tree) error {
 		p.end()
-		if o.quiet && len(tr.Problems) == 0 {
+		if o.quiet && len(tr.Problems) == 0 && (tr.End != verify.Open || !o.live && !o.closed) {
 			return nil
 		}
 		return t.printTree(out, tr)
@@ -162,6 +175,7 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	if err := t.printSummary(out, sum, arg == ""); err != nil {
 		return err
 	}
+	o.identity = len(options.Identities) > 0
 	return o.verdict(sum, arg == "", cmp.Or(dir, t.store, os.Getenv(storeEnv)))
 }
 
@@ -178,18 +192,43 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 			return err
 		}
 	}
+	if (o.live || o.closed) && sum.Open > 0 {
+		return &codeError{exitStale, openText(sum)}
+	}
 	if o.sealed && sum.Unsealed() {
 		return &codeError{exitUnsealed, fmt.Sprintf("%d logs have no end yet, and %d are in no checkpoint yet", sum.Logs[auditlog.Live], sum.Waiting)}
+	}
+	if o.identity && sum.Locked > 0 {
+		return fmt.Errorf("the content of %d logs was not checked: they are encrypted, and none of the identities given is a recipient", sum.Locked)
 	}
 	return nil
 }
 
+// openText names the transparency logs whose end may be missing.
+func openText(sum verify.Summary) string {
+	var b strings.Builder
+	n := 0
+	for _, tr := range sum.Trees {
+		if tr.End != verify.Open {
+			continue
+		}
+		if n++; n <= maxListed {
+			fmt.Fprintf(&b, "%s neither goes on nor was closed; ", tr.Origin)
+		}
+	}
+	if n > maxListed {
+		fmt.Fprintf(&b, "and %d more; ", n-maxListed)
+	}
+	b.WriteString("the gate was killed, or the newest objects were taken away: if you know that it was killed, keep the log's checkpoint, and give it with --since")
+	return b.String()
+}
+
 // stale says which gate is not heard of.
 func (o verifyOptions) stale(sum verify.Summary) error {
-	newest := map[string]time.Time{"": sum.Newest}
+	newest := map[string]verify.Tree{"": {Newest: sum.Newest, Age: sum.Age}}
 	for _, tr := range sum.Trees {
-		if tr.Newest.After(newest[tr.Gate]) {
-			newest[tr.Gate] = tr.Newest
+		if tr.Newest.After(newest[tr.Gate].Newest) {
+			newest[tr.Gate] = tr
 		}
 	}
 	gates := o.gates
@@ -201,11 +240,11 @@ func (o verifyOptions) stale(sum verify.Summary) error {
 		if g != "" {
 			of = " of gate " + g
 		}
-		at := newest[g]
-		switch age := time.Since(at); {
-		case at.IsZero():
+		tr := newest[g]
+		switch age := tr.Age; {
+		case tr.Newest.IsZero():
 			return &codeError{exitStale, "there is no checkpoint" + of}
-		case age < -maxAhead:
+		case age < 0:
 			return &codeError{exitStale, fmt.Sprintf("the newest checkpoint%s is %s ahead of this machine's clock: that says nothing of the gate now",
 				of, -age.Round(time.Second))}
 		case age > o.beat:
@@ -248,8 +287,10 @@ func (t *tool) printTree(out io.Writer, tr verify.Tree) error {
 	}
 	newest := "no checkpoint"
 	if !tr.Newest.IsZero() {
-		newest = fmt.Sprintf("the newest of %s, %s old", t.time(tr.Newest), time.Since(tr.Newest).Round(time.Second))
+		newest = fmt.Sprintf("the newest of %s, %s old", t.time(tr.Newest), tr.Age.Round(time.Second))
 	}
+	newest += map[verify.End]string{verify.Closed: "; closed by its gate", verify.Kept: "; it ends where the kept checkpoint does",
+		verify.Open: "; not closed"}[tr.End]
 	if tr.Ended {
 		newest += "; it ended there: the gate went on with another"
 	}
@@ -295,9 +336,13 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 	note(sum.Outside, "sealed log has no transparency log: its gate kept none", "sealed logs have no transparency log: their gate kept none")
 	note(sum.Silent, "session has no end, and nothing of it came for over a day while its gate, or its key, went on",
 		"sessions have no end, and nothing of them came for over a day while their gate, or their key, went on")
+	note(sum.Open, "transparency log neither goes on nor was closed: its gate was killed, or its newest objects were taken away (see --closed)",
+		"transparency logs neither go on nor were closed: their gates were killed, or their newest objects were taken away (see --closed)")
+	note(sum.Locked, "log is encrypted: its content was not looked at, all else was checked", "logs are encrypted: their content was not looked at, all else was checked")
+	note(int(sum.Skipped), "entry of the index was not compared with its log: there are too many", "entries of the index were not compared with their logs: there are too many")
 	note(sum.Foreign, "object is not a gate's", "objects are not a gate's")
 	if !sum.Newest.IsZero() {
-		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), time.Since(sum.Newest).Round(time.Second))
+		fmt.Fprintf(&b, "newest checkpoint: %s, %s old\n", t.time(sum.Newest), sum.Age.Round(time.Second))
 	}
 	_, err := io.WriteString(out, b.String())
 	return err
@@ -309,7 +354,7 @@ func (t *tool) checkpointCommand() *cobra.Command {
 		Use: "checkpoint [STORE]", Short: "Print the newest checkpoint of each transparency log, to keep elsewhere", Args: cobra.MaximumNArgs(1),
 		Long: `Print the newest checkpoint of each gate's transparency log, as C2SP signed notes, after proving the logs. Kept where the store's
 keeper can't change it, it lets verify --since prove later that nothing up to there was taken away or changed. Logs that have ended are
-among them: of these nothing else shows that their end was taken away.`,
+among them: of one that its gate did not close nothing else shows that its end was taken away, and of no one that all of it was.`,
 		Example: `  sallyport-audit checkpoint s3://evidence/gate-1 --key gate.pub > kept.checkpoint`,
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := ""

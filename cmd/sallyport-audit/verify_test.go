@@ -62,8 +62,8 @@ func runGate(t *testing.T, dir string, sessions ...string) {
 	}
 }
 
-// Nothing goes on from a transparency log that has ended: only a kept checkpoint tells that its end, or all of it, was taken away
-// with the sessions.
+// Nothing goes on from a transparency log that has ended. That its end was taken away, with the sessions, is told by what is left, which
+// its gate did not close; that all of it was, by a kept checkpoint alone.
 func TestVerifyEnded(t *testing.T) {
 	dir, keys := treeStore(t, "s1")
 	ended, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*"))
@@ -81,12 +81,13 @@ func TestVerifyEnded(t *testing.T) {
 	}
 	verify := func(code int, want string, args ...string) {
 		t.Helper()
-		out, errs, got := audit(t, append([]string{"verify", dir, "--key", keys, "--live", "--beat", "1h"}, args...)...)
+		out, errs, got := audit(t, append([]string{"verify", dir, "--key", keys, "--beat", "1h"}, args...)...)
 		if got != code || !strings.Contains(out, want) {
 			t.Errorf("%q: code %d, want %d and %q:\n%s%s", args, got, code, want, out, errs)
 		}
 	}
-	verify(0, "it ended there", "--since", file)
+	verify(0, "; closed by its gate; it ended there", "--since", file, "--live")
+	verify(0, "", "--closed", "--beat", "1ns") // does not ask for one that is alive
 	s1, err := filepath.Glob(filepath.Join(dir, "sessions/*/*/*/s1"))
 	if err != nil || len(s1) != 1 {
 		t.Fatal(s1, err)
@@ -104,11 +105,27 @@ func TestVerifyEnded(t *testing.T) {
 		}
 	}
 	remove(s1[0], last[len(last)-1])
-	verify(0, "1 logs: 1 sealed")
-	verify(2, "its newest objects were taken away", "--since", file)
+	verify(0, "1 logs: 1 sealed", "--live") // within an hour
+	verify(exitStale, "neither goes on nor was closed", "--closed", "--beat", "1ns")
+	alive(t, dir, ended[0])
+	verify(exitStale, "; not closed", "--live")
+	verify(exitStale, "; not closed", "--live", "--quiet")
+	if out, errs, code := audit(t, "verify", dir, "--key", keys); code != 0 || !strings.Contains(out, "1 transparency log neither goes on nor was closed") {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+	verify(2, "its newest objects were taken away", "--since", file, "--live")
+	kept, errs, code = audit(t, "checkpoint", dir, "--key", keys)
+	if code != 0 {
+		t.Fatalf("code %d: %s%s", code, kept, errs)
+	}
+	now := file + "-now"
+	if err := os.WriteFile(now, []byte(kept), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	verify(0, "it ends where the kept checkpoint does", "--since", now, "--live")
 	remove(ended[0])
-	verify(0, "1 logs: 1 sealed")
-	verify(2, "the transparency log of the kept checkpoint is not in the store", "--since", file)
+	verify(0, "1 logs: 1 sealed", "--live")
+	verify(2, "the transparency log of the kept checkpoint is not in the store", "--since", file, "--live")
 }
 
 func TestVerifyStore(t *testing.T) {
@@ -243,10 +260,32 @@ func TestVerifySilent(t *testing.T) {
 	}
 }
 
+// alive makes the transparency logs old, and lets all but one of them speak now.
+func alive(t *testing.T, dir, but string) {
+	t.Helper()
+	logs, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*"))
+	if err != nil || len(logs) != 2 {
+		t.Fatal(logs, err)
+	}
+	for _, l := range logs {
+		at := time.Now()
+		if l == but {
+			at = at.Add(-2 * time.Hour)
+		}
+		beatIn(t, dir, l, at)
+	}
+}
+
 // beatAt puts a checkpoint with nothing new into a store, of this time.
 func beatAt(t *testing.T, dir string, at time.Time) {
 	t.Helper()
-	names, err := filepath.Glob(filepath.Join(dir, "tlog/gate-1/*/checkpoint/*"))
+	beatIn(t, dir, filepath.Join(dir, "tlog/gate-1/*"), at)
+}
+
+// beatIn does so in the transparency log that lies there.
+func beatIn(t *testing.T, dir, log string, at time.Time) {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(log, "checkpoint/*"))
 	if err != nil || len(names) == 0 {
 		t.Fatal(names, err)
 	}
@@ -259,7 +298,7 @@ func beatAt(t *testing.T, dir string, at time.Time) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Number, c.Old, c.Entries, c.Time = c.Number+1, c.Size, nil, at
+	c.Number, c.Old, c.Entries, c.Time, c.Closed = c.Number+1, c.Size, nil, at, false
 	if err := c.Sign(testKey); err != nil {
 		t.Fatal(err)
 	}
