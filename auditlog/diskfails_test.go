@@ -43,6 +43,12 @@ func TestDiskFails(t *testing.T) {
 
 // diskFails reports whether the session had an n-th operation.
 func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
+	began := time.Now()
+	defer func() {
+		if d := time.Since(began); d > 3*time.Second {
+			t.Logf("SLOW %v: n=%d", d, n)
+		}
+	}()
 	what := fmt.Sprintf("%v at operation %d (once: %v)", failure, n, once)
 	dir := t.TempDir()
 	tp := newTape(dir)
@@ -81,7 +87,7 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 	r := l.New("s1")
 	login(t, r)
 	err = r.Begin()
-	began := err == nil
+	begun := err == nil
 	for i := 0; err == nil && i < 12; i++ {
 		promised["s1"] = i
 		if err = r.Record(1, numbered(i, 1500)); err == nil {
@@ -109,7 +115,7 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 		t.Fatalf("%s: %v without a fault", what, err)
 	case err != nil && !errors.Is(err, failure):
 		t.Errorf("%s, a %s: the session ended by %v", what, failed, err)
-	case err != nil && began:
+	case err != nil && begun:
 		select {
 		case <-r.Lost():
 		default:

@@ -137,7 +137,7 @@ func (l *Log) closeTree(ctx context.Context) error {
 
 // emptied says whether the spool holds no log any more, but objects at most.
 func (l *Log) emptied() (bool, error) {
-	files, err := readSpool(l.cfg.Spool, false)
+	files, err := l.readSpool(false)
 	return err == nil && !slices.ContainsFunc(files, func(f spoolFile) bool { return f.suffix != objectSuffix }), err
 }
 
