@@ -17,7 +17,8 @@ import (
 // The disk fails at each single operation in turn (in the short form at each fourth), that of the transparency log and the index is of,
 // too, and from there on until it is mended: the session ends with that error, none
 // begins and readiness says why, no file is used again whose sync failed (Linux forgets what it could not write, and the next
-// sync would say that all is well), and when the disk is mended sessions begin and all that was promised comes to the store.
+// sync would say that all is well), and when the disk is mended sessions begin, the gate that goes on seals what was cut, and all that was
+// promised comes to the store.
 func TestDiskFails(t *testing.T) {
 	rng, step := seed(t), 4
 	if soaking() {
@@ -43,12 +44,6 @@ func TestDiskFails(t *testing.T) {
 
 // diskFails reports whether the session had an n-th operation.
 func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
-	began := time.Now()
-	defer func() {
-		if d := time.Since(began); d > 3*time.Second {
-			t.Logf("SLOW %v: n=%d", d, n)
-		}
-	}()
 	what := fmt.Sprintf("%v at operation %d (once: %v)", failure, n, once)
 	dir := t.TempDir()
 	tp := newTape(dir)
@@ -138,6 +133,9 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 	must(t, after.Record(1, numbered(0, 100)))
 	must(t, after.Close(&auditlog.End{Cause: "client-left"}))
 	promised["after"] = -1 - 1
+	if begun { // sealed by the session's end, or by the gate that goes on
+		waitFor(t, func() bool { return hasLeaf(store.source(), "s1") })
+	}
 	closeLog(t, l)
 	armed.Store(false)
 	l, err = auditlog.OpenOn(t.Context(), tp, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))

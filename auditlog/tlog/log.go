@@ -201,12 +201,12 @@ func (l *Log) Add(entry []byte) error {
 	if err == nil {
 		err = l.sync(index)
 	}
+	select {
+	case l.wake <- struct{}{}: // after a failure, too: the next checkpoint mends it
+	default:
+	}
 	if err != nil {
 		return fmt.Errorf("add leaf: %w", err)
-	}
-	select {
-	case l.wake <- struct{}{}:
-	default:
 	}
 	return nil
 }
@@ -254,6 +254,7 @@ func (l *Log) sync(index int64) error {
 
 // Run makes checkpoints until ctx ends.
 func (l *Log) Run(ctx context.Context) {
+	defer l.mend()            // for leaves that come when Run has ended
 	timer := time.NewTimer(0) // the first at once: it says that the gate lives
 	defer timer.Stop()
 	for {
@@ -278,6 +279,19 @@ func (l *Log) Run(ctx context.Context) {
 			wait = min(wait, retryAfter)
 		}
 		timer.Reset(wait)
+	}
+}
+
+// mend makes a checkpoint if leaves could not be taken.
+func (l *Log) mend() {
+	l.mu.Lock()
+	broken := l.broken != nil
+	l.mu.Unlock()
+	if !broken {
+		return
+	}
+	if err := l.Cut(); err != nil {
+		l.cfg.Slog.Error("transparency log: no checkpoint", "error", err)
 	}
 }
 
@@ -311,8 +325,9 @@ func (l *Log) cut(closed bool) (more bool, err error) {
 		l.mu.Lock()
 		entries := l.entries[:min(len(l.entries), MaxCheckpointEntries)]
 		said = closed && len(entries) == len(l.entries)
+		broken := l.broken != nil // then it is to be mended, too
 		l.mu.Unlock()
-		if len(entries) == 0 && !closed && l.cfg.Busy(l.queue(l.state)) {
+		if len(entries) == 0 && !closed && !broken && l.cfg.Busy(l.queue(l.state)) {
 			return false, nil
 		}
 		if l.next, err = l.make(entries, said); err != nil {
