@@ -109,6 +109,11 @@ func (l *Log) mendLog(files []spoolFile, unsound bool) error {
 		if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
 			return err
 		}
+		l.mu.Lock()
+		u := l.unsealed[files[0].id]
+		u.unsound = false
+		l.unsealed[files[0].id] = u
+		l.mu.Unlock()
 	}
 	return l.recoverLog(files, byMend)
 }
@@ -143,7 +148,6 @@ func (l *Log) writeAnew(path string) error {
 func (l *Log) notMended(id string, err error) {
 	l.mu.Lock()
 	u := l.unsealed[id]
-	u.unsound = true // one of its files may have failed just now
 	u.tries++
 	l.unsealed[id] = u
 	l.mu.Unlock()

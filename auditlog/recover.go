@@ -123,7 +123,7 @@ func (l *Log) recover(ctx context.Context) error {
 		n := countLog(files)
 		if err := l.recoverLog(files[:n], byStart); err != nil {
 			l.spoolFailed(fmt.Errorf("recover log of %s, which is tried again: %w", files[0].id, err))
-			l.sealLater(files[0].id, true)
+			l.sealLater(files[0].id, false)
 		}
 		files = files[n:]
 	}
@@ -266,6 +266,7 @@ func (l *Log) sealOpen(file spoolFile, s scan, by string) error {
 	l.used.Add(w.size - file.size)
 	if err != nil {
 		f.Close() // the error that counts is here already
+		l.sealLater(file.id, w.unsound)
 	}
 	return err
 }
@@ -292,6 +293,7 @@ func (l *Log) sealAfter(before spoolFile, by string) error {
 	l.used.Add(w.size + fileOverhead)
 	if err != nil {
 		w.f.Close() // the error that counts is here already
+		l.sealLater(before.id, w.unsound)
 	}
 	return err
 }
