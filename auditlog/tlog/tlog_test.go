@@ -6,6 +6,8 @@ import (
 	"crypto"
 	"crypto/ed25519"
 	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -348,6 +350,17 @@ func TestCheckpointSample(t *testing.T) {
 	} {
 		if _, err := ParseCheckpoint([]byte(s)); err == nil || s == was || s == string(b) {
 			t.Errorf("%s: taken", what)
+		}
+	}
+	// Signed by the gate's key, but no line that a gate writes.
+	for _, line := range []string{"closed ", "broken", "Closed", "closed\nclosed"} {
+		text := strings.Replace(c.text(), "closed\n", line+"\n", 1)
+		v, err := verifier(c.Origin(), c.Key)
+		must(t, err)
+		sig := append(binary.BigEndian.AppendUint32(nil, v.KeyHash()), ed25519.Sign(testKey, []byte(text))...)
+		b := []byte(text + "\n— " + c.Origin() + " " + base64.StdEncoding.EncodeToString(sig) + "\n")
+		if _, err := ParseNote(b); err == nil {
+			t.Errorf("%q: taken", line)
 		}
 	}
 }

@@ -25,12 +25,12 @@ func ends(t *testing.T, what string, s *store, o verify.Options, want ...verify.
 	open := 0
 	for _, tr := range sum.Trees {
 		got = append(got, tr.End)
-		if tr.End == verify.Open {
+		if tr.End == verify.NotClosed {
 			open++
 		}
 	}
-	if len(wrong) > 0 || !slices.Equal(got, want) || sum.Open != open {
-		t.Errorf("%s: %v, %d open, want %v: %q", what, got, sum.Open, want, wrong)
+	if len(wrong) > 0 || !slices.Equal(got, want) || sum.NotClosed != open {
+		t.Errorf("%s: %v, %d open, want %v: %q", what, got, sum.NotClosed, want, wrong)
 	}
 }
 
@@ -75,10 +75,10 @@ func TestTailOfClosedLog(t *testing.T) {
 	ends(t, "two runs", second, pinned, verify.Closed)
 	n := len(first.names("/checkpoint/"))
 	for cut := 1; cut < n; cut++ {
-		ends(t, "the end of one run gone", without(t, first, cut), pinned, verify.Open)
+		ends(t, "the end of one run gone", without(t, first, cut), pinned, verify.NotClosed)
 	}
 	for cut := 1; cut < len(second.names("/checkpoint/")); cut++ {
-		want := verify.Open
+		want := verify.NotClosed
 		if len(second.names("/checkpoint/"))-cut == n {
 			want = verify.Closed // as the store was between the runs: no store can tell that from a gate that was not started again
 		}
@@ -97,7 +97,7 @@ func TestTailOfClosedLog(t *testing.T) {
 
 	// The checkpoints of now are of a gate that goes on.
 	sum, _ := check(t, cut, pinned)
-	if sum.Trees[0].End != verify.GoesOn || sum.Open != 0 {
+	if sum.Trees[0].End != verify.GoesOn || sum.NotClosed != 0 {
 		t.Errorf("just now: %+v", sum.Trees)
 	}
 }
@@ -150,7 +150,7 @@ func TestNotClosed(t *testing.T) {
 		dir, then := t.TempDir(), s.clone()
 		copyDir(t, g.dir, dir)
 		g.close()
-		ends(t, "killed", then, pinned, verify.Open)
+		ends(t, "killed", then, pinned, verify.NotClosed)
 		g.dir, g.store = dir, then
 		g.open()
 		g.close()
@@ -165,7 +165,7 @@ func TestNotClosed(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()
 		must(t, g.Log.Close(ctx))
-		ends(t, "stopped", s, pinned, verify.Open)
+		ends(t, "stopped", s, pinned, verify.NotClosed)
 		g.store = s
 		g.open()
 		g.close()
@@ -181,7 +181,7 @@ func TestNotClosed(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()
 		must(t, g.Log.Close(ctx))
-		ends(t, "stopped", s, pinned, verify.Open)
+		ends(t, "stopped", s, pinned, verify.NotClosed)
 		away.set(false)
 		g.open()
 		g.close()
@@ -223,7 +223,7 @@ func TestLongReading(t *testing.T) {
 	for _, at := range []struct {
 		began time.Duration // after the newest checkpoint
 		want  verify.End
-	}{{30 * time.Second, verify.GoesOn}, {-30 * time.Minute, verify.GoesOn}, {61 * time.Second, verify.Open}, {-2 * time.Hour, verify.Open}} {
+	}{{30 * time.Second, verify.GoesOn}, {-30 * time.Minute, verify.GoesOn}, {61 * time.Second, verify.NotClosed}, {-2 * time.Hour, verify.NotClosed}} {
 		began, times := last.Time.Add(at.began), 0
 		o := pinned
 		o.Now = func() time.Time {

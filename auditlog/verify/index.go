@@ -8,7 +8,7 @@ import (
 )
 
 // maxEntries bounds how many entries of the index are kept to be held against their logs: about 200 bytes each.
-const maxEntries = 1 << 20
+var maxEntries int64 = 1 << 20 // a variable for its test
 
 // entries are what the index says of sessions, by the session's ID. It is filled before the sessions' logs are read.
 type entries struct {

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sallyport/sallyport/auditlog"
 	"github.com/sallyport/sallyport/auditlog/agekeys"
 	"github.com/sallyport/sallyport/auditlog/storetest"
 	"github.com/sallyport/sallyport/auditlog/verify"
@@ -22,6 +23,9 @@ func indexed(t *testing.T, noTree bool, recipients ...string) *store {
 	for name, runs := range map[string]int{"gate-1": 2, "gate-2": 1} {
 		g := &gate{t: t, dir: t.TempDir(), store: s, key: 7, name: name, index: true, indexAge: 10 * time.Millisecond, noTree: noTree,
 			recipients: recipients}
+		if len(recipients) > 0 {
+			g.indexClear = []string{"source", "cause"}
+		}
 		batches := 0
 		for run := range runs {
 			g.open()
@@ -181,6 +185,53 @@ func TestIndexContradicts(t *testing.T) {
 	}
 }
 
+// What a restart writes of a session that it sealed is little, and is held against the log, too.
+func TestIndexOfInterrupted(t *testing.T) {
+	s := newStore()
+	g := &gate{t: t, dir: t.TempDir(), store: s, key: 7, index: true, noTree: true}
+	g.open()
+	r := g.New("s1")
+	must(t, r.Record(0, &auditlog.Connect{Gate: "gate-1"}))
+	must(t, r.Begin())
+	dir := t.TempDir()
+	copyDir(t, g.dir, dir)
+	must(t, r.Close(&auditlog.End{Cause: "client-left"}))
+	g.close()
+	g.dir, g.store = dir, newStore()
+	g.open()
+	g.close()
+	then := g.store.(*store)
+	sum, wrong := check(t, then, pinned)
+	if len(wrong) > 0 || sum.Logs[auditlog.Interrupted] != 1 || len(then.names("index/")) == 0 {
+		t.Fatalf("%+v %q", sum, wrong)
+	}
+	// The same session as it went on before: the restart's entry is not of that.
+	for _, n := range then.names("sessions/") {
+		delete(then.m, n)
+	}
+	for _, n := range s.names("sessions/") {
+		then.m[n] = s.m[n]
+	}
+	if _, wrong := check(t, then, pinned); len(wrong) != 1 || !strings.Contains(wrong[0], "otherwise than its log") {
+		t.Errorf("%q", wrong)
+	}
+}
+
+// There is a bound to the entries that are kept, and what is beyond it is told.
+func TestIndexTooLarge(t *testing.T) {
+	whole := indexed(t, true)
+	const lie = "192.0.2.8"
+	for _, n := range []int64{0, 4} {
+		defer verify.SetMaxEntries(n)()
+		s := whole.clone()
+		resignFirst(t, s, "index/gate-1/", "192.0.2.7", func(payload []byte) { copy(payload[bytes.Index(payload, []byte("192.0.2.7")):], lie) })
+		sum, wrong := check(t, s, pinned)
+		if sum.Skipped+n < 3 || (n == 0) != (len(wrong) == 0) { // an entry went with the batch after the one that was changed
+			t.Errorf("%d: %d left out, %q", n, sum.Skipped, wrong)
+		}
+	}
+}
+
 // resignFirst changes the first segment below a prefix whose log begins with it and that has a text, as who has the key could; the
 // log's later segments, which have its hash, are taken away.
 func resignFirst(t *testing.T, s *store, prefix, text string, change func(payload []byte)) {
@@ -253,6 +304,11 @@ func TestEncryptedContent(t *testing.T) {
 				copy(payload[bytes.Index(payload, []byte("gate-1-0-0")):], "gate-1-0-1")
 			})
 		}, map[string]string{"none": "otherwise than its log", "wrong": "otherwise than its log", "right": "otherwise than its log"}},
+		{"what of it is configured", func(s *store) {
+			resignFirst(t, s, "index/gate-1/", "192.0.2.7", func(payload []byte) {
+				copy(payload[bytes.Index(payload, []byte("192.0.2.7")):], "192.0.2.8")
+			})
+		}, map[string]string{"none": "", "wrong": "", "right": "otherwise than its log"}},
 	} {
 		for who, want := range c.want {
 			s := whole.clone()

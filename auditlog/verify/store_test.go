@@ -118,6 +118,7 @@ type gate struct {
 	noTree     bool
 	index      bool
 	indexAge   time.Duration
+	indexClear []string
 	recipients []string
 	*auditlog.Log
 }
@@ -129,7 +130,7 @@ func (g *gate) open() {
 		tree = ""
 	}
 	l, err := auditlog.Open(context.Background(), auditlog.Config{Spool: filepath.Join(g.dir, "spool"), Tree: tree,
-		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index, IndexAge: g.indexAge, Recipients: g.recipients}, key(g.key), g.store,
+		SegmentBytes: 4 << 10, SegmentAge: time.Minute, SyncInterval: time.Millisecond, Codec: "none", CheckpointInterval: time.Minute, Index: g.index, IndexAge: g.indexAge, IndexClear: g.indexClear, Recipients: g.recipients}, key(g.key), g.store,
 		cmp.Or(g.name, "gate-1"),
 		slog.New(slog.DiscardHandler))
 	must(g.t, err)

@@ -366,8 +366,8 @@ func (v *Run) endTrees() error {
 		if t.report.Newest.After(v.Summary.Newest) {
 			v.Summary.Newest, v.Summary.Age = t.report.Newest, t.report.Age
 		}
-		if t.report.End = t.ends(); t.report.End == Open {
-			v.Summary.Open++
+		if t.report.End = t.ends(); t.report.End == NotClosed {
+			v.Summary.NotClosed++
 		}
 		v.Summary.Problems += len(t.report.Problems) + t.report.More
 		v.Summary.Trees = append(v.Summary.Trees, t.report)
@@ -397,7 +397,7 @@ func (t *tree) ends() End {
 	case slices.ContainsFunc(t.since, func(c *tlog.Checkpoint) bool { return c.Number+1 == t.next }):
 		return Kept
 	}
-	return Open
+	return NotClosed
 }
 
 // missing names the logs that have a leaf and are not in the store. Only their hashes are known, so the leaves are read again.

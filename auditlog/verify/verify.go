@@ -83,27 +83,27 @@ type Tree struct {
 // End says whether the end of a transparency log may be missing.
 type End string
 
-// A log whose newest checkpoints were taken away is Open, unless what is left ends with one that the gate had closed it with before.
+// A log whose newest checkpoints were taken away is NotClosed, unless what is left ends with one that the gate had closed it with before.
 const (
-	GoesOn End = "goes-on" // the newest checkpoint is not older than the beat
-	Closed End = "closed"  // the newest checkpoint says that the gate stopped, and that all of its logs were in the store
-	Kept   End = "kept"    // the newest checkpoint is one that the auditor has kept
-	Open   End = "open"    // none of these: the gate was killed, or the newest checkpoints were taken away
+	GoesOn    End = "goes-on"    // the newest checkpoint is not older than the beat
+	Closed    End = "closed"     // the newest checkpoint says that the gate stopped, and that all of its logs were in the store
+	Kept      End = "kept"       // the newest checkpoint is one that the auditor has kept
+	NotClosed End = "not-closed" // none of these: the gate was killed, or the newest checkpoints were taken away
 )
 
 // Summary is what was found in all.
 type Summary struct {
-	Logs    map[auditlog.State]int `json:"logs"`
-	Waiting int                    `json:"waiting"` // sealed logs that no checkpoint has yet
-	Outside int                    `json:"outside"` // sealed logs of gates without a transparency log
-	Silent  int                    `json:"silent"`  // live sessions, nothing of which came for over a day while their gate went on
-	Late    int                    `json:"late"`    // leaves that came more than an hour after the end of their log
-	Missing int                    `json:"missing"` // logs that a leaf names and the store does not have
-	Trees   []Tree                 `json:"-"`
-	Open    int                    `json:"open"`    // transparency logs whose End is Open
-	Locked  int                    `json:"locked"`  // logs that are encrypted, and to none of the identities: their content was not looked at
-	Skipped int64                  `json:"skipped"` // entries of the index that were not held against their logs, as there were too many
-	Foreign int                    `json:"foreign"` // objects that are not a gate's
+	Logs      map[auditlog.State]int `json:"logs"`
+	Waiting   int                    `json:"waiting"` // sealed logs that no checkpoint has yet
+	Outside   int                    `json:"outside"` // sealed logs of gates without a transparency log
+	Silent    int                    `json:"silent"`  // live sessions, nothing of which came for over a day while their gate went on
+	Late      int                    `json:"late"`    // leaves that came more than an hour after the end of their log
+	Missing   int                    `json:"missing"` // logs that a leaf names and the store does not have
+	Trees     []Tree                 `json:"-"`
+	NotClosed int                    `json:"not_closed"` // transparency logs whose End is NotClosed
+	Locked    int                    `json:"locked"`     // logs that are encrypted, and to none of the identities: their content was not looked at
+	Skipped   int64                  `json:"skipped"`    // entries of the index that were not held against their logs, as there were too many
+	Foreign   int                    `json:"foreign"`    // objects that are not a gate's
 	// Problems are all that are not a log's own; those of trees and missing logs are among them.
 	Problems int       `json:"problems"`
 	Unpinned bool      `json:"unpinned"`

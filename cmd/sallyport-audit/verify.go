@@ -152,7 +152,7 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	}
 	options.Tree = func(tr verify.Tree) error {
 		p.end()
-		if o.quiet && len(tr.Problems) == 0 && (tr.End != verify.Open || !o.live && !o.closed) {
+		if o.quiet && len(tr.Problems) == 0 && (tr.End != verify.NotClosed || !o.live && !o.closed) {
 			return nil
 		}
 		return t.printTree(out, tr)
@@ -192,7 +192,7 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 			return err
 		}
 	}
-	if (o.live || o.closed) && sum.Open > 0 {
+	if (o.live || o.closed) && sum.NotClosed > 0 {
 		return &codeError{exitStale, openText(sum)}
 	}
 	if o.sealed && sum.Unsealed() {
@@ -209,7 +209,7 @@ func openText(sum verify.Summary) string {
 	var b strings.Builder
 	n := 0
 	for _, tr := range sum.Trees {
-		if tr.End != verify.Open {
+		if tr.End != verify.NotClosed {
 			continue
 		}
 		if n++; n <= maxListed {
@@ -290,7 +290,7 @@ func (t *tool) printTree(out io.Writer, tr verify.Tree) error {
 		newest = fmt.Sprintf("the newest of %s, %s old", t.time(tr.Newest), tr.Age.Round(time.Second))
 	}
 	newest += map[verify.End]string{verify.Closed: "; closed by its gate", verify.Kept: "; it ends where the kept checkpoint does",
-		verify.Open: "; not closed"}[tr.End]
+		verify.NotClosed: "; not closed"}[tr.End]
 	if tr.Ended {
 		newest += "; it ended there: the gate went on with another"
 	}
@@ -336,7 +336,7 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 	note(sum.Outside, "sealed log has no transparency log: its gate kept none", "sealed logs have no transparency log: their gate kept none")
 	note(sum.Silent, "session has no end, and nothing of it came for over a day while its gate, or its key, went on",
 		"sessions have no end, and nothing of them came for over a day while their gate, or their key, went on")
-	note(sum.Open, "transparency log neither goes on nor was closed: its gate was killed, or its newest objects were taken away (see --closed)",
+	note(sum.NotClosed, "transparency log neither goes on nor was closed: its gate was killed, or its newest objects were taken away (see --closed)",
 		"transparency logs neither go on nor were closed: their gates were killed, or their newest objects were taken away (see --closed)")
 	note(sum.Locked, "log is encrypted: its content was not looked at, all else was checked", "logs are encrypted: their content was not looked at, all else was checked")
 	note(int(sum.Skipped), "entry of the index was not compared with its log: there are too many", "entries of the index were not compared with their logs: there are too many")
