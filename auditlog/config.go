@@ -50,6 +50,8 @@ type Config struct {
 	IndexAge time.Duration `yaml:"index_age"`
 	// IndexClear is what an encrypted log's index tells in the clear, beside what the logs' names and headers do: of ClearFields.
 	IndexClear []string `yaml:"index_clear"`
+
+	mendEvery time.Duration // between two tries to seal what an error of the disk cut; 30s, but in tests
 }
 
 // WithDefaults gives the configuration with its unset values set.
@@ -66,6 +68,7 @@ func (c Config) WithDefaults() Config {
 	set((*int64)(&c.CheckpointInterval), int64(45*time.Second))
 	set((*int64)(&c.SyncInterval), int64(250*time.Millisecond))
 	set((*int64)(&c.IndexAge), int64(5*time.Minute))
+	set((*int64)(&c.mendEvery), int64(30*time.Second))
 	if c.Codec == "" {
 		c.Codec = "auto"
 	}

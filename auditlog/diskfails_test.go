@@ -9,24 +9,35 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
 )
 
-// The disk fails at each single operation in turn, and from there on until it is mended: the session ends with that error, none
+// The disk fails at each single operation in turn (in the short form at each fourth), that of the transparency log and the index is of,
+// too, and from there on until it is mended: the session ends with that error, none
 // begins and readiness says why, no file is used again whose sync failed (Linux forgets what it could not write, and the next
-// sync would say that all is well), and when the disk is mended sessions begin and all that was promised comes to the store.
+// sync would say that all is well), and when the disk is mended sessions begin, the gate that goes on seals what was cut, and all that was
+// promised comes to the store.
 func TestDiskFails(t *testing.T) {
+	rng, step := seed(t), 4
+	if soaking() {
+		step = 1
+	}
 	for _, failure := range []error{syscall.EIO, syscall.ENOSPC} {
 		for _, once := range []bool{false, true} {
-			n := 1
-			for diskFails(t, failure, once, n) {
-				n++
-			}
-			if n < 30 {
-				t.Errorf("%v: only %d operations were tried", failure, n)
-			}
-			t.Logf("%v at each of %d operations, once: %v", failure, n-1, once)
+			n := 1 + rng.IntN(step)
+			t.Run(fmt.Sprintf("%v once %v", failure, once), func(t *testing.T) {
+				t.Parallel() // it waits most of the time
+				tried := 0
+				for ; diskFails(t, failure, once, n); n += step {
+					tried++
+				}
+				if n < 80 {
+					t.Errorf("only %d operations", n)
+				}
+				t.Logf("at %d of about %d operations", tried, n-step)
+			})
 		}
 	}
 }
@@ -34,13 +45,17 @@ func TestDiskFails(t *testing.T) {
 // diskFails reports whether the session had an n-th operation.
 func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 	what := fmt.Sprintf("%v at operation %d (once: %v)", failure, n, once)
-	tp := newTape()
+	dir := t.TempDir()
+	tp := newTape(dir)
 	var armed, mended atomic.Bool
 	bad := map[int]bool{} // files whose sync failed
 	count, at := 0, ""
 	tp.fault = func(o op) error { // under the tape's lock
 		if !armed.Load() || o.kind == "mark" || o.kind == "put" {
 			return nil
+		}
+		if o.kind == "truncate" && o.at == 0 {
+			delete(bad, o.file) // all of it is written anew
 		}
 		if bad[o.file] && o.file != 0 && (o.kind == "write" || o.kind == "sync") {
 			t.Errorf("%s: %s of %s, whose sync failed", what, o.kind, o.name)
@@ -58,7 +73,8 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 		return failure
 	}
 	store := &shelf{objects: make(map[string][]byte)}
-	cfg := powerConfig(t.TempDir())
+	cfg := powerConfig(dir)
+	cfg.CheckpointInterval = 100 * time.Millisecond // after which one that failed is tried again
 	l, err := auditlog.OpenOn(t.Context(), tp, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
 	must(t, err)
 	promised := map[string]int{}
@@ -66,7 +82,7 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 	r := l.New("s1")
 	login(t, r)
 	err = r.Begin()
-	began := err == nil
+	begun := err == nil
 	for i := 0; err == nil && i < 12; i++ {
 		promised["s1"] = i
 		if err = r.Record(1, numbered(i, 1500)); err == nil {
@@ -76,8 +92,17 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 	if cerr := r.Close(&auditlog.End{Cause: "client-left"}); err == nil {
 		err = cerr
 	}
+	hits := func() bool {
+		tp.mu.Lock()
+		defer tp.mu.Unlock()
+		return count >= n
+	}
+	waitFor(t, func() bool { return hits() || hasLeaf(store.source(), "s1") })
+	hit = hits()
+	if hit && !once {
+		waitFor(t, func() bool { return errors.Is(l.Ready(), failure) || errors.Is(l.StoreErr(), failure) })
+	}
 	tp.mu.Lock()
-	hit = count >= n
 	failed := at
 	tp.mu.Unlock()
 	switch {
@@ -85,7 +110,7 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 		t.Fatalf("%s: %v without a fault", what, err)
 	case err != nil && !errors.Is(err, failure):
 		t.Errorf("%s, a %s: the session ended by %v", what, failed, err)
-	case err != nil && began:
+	case err != nil && begun:
 		select {
 		case <-r.Lost():
 		default:
@@ -101,19 +126,25 @@ func diskFails(t *testing.T, failure error, once bool, n int) (hit bool) {
 		}
 	}
 	mended.Store(true)
-	must(t, l.Ready())
+	waitFor(t, func() bool { return l.Ready() == nil })
 	after := l.New("after")
 	login(t, after)
 	must(t, after.Begin())
 	must(t, after.Record(1, numbered(0, 100)))
 	must(t, after.Close(&auditlog.End{Cause: "client-left"}))
 	promised["after"] = -1 - 1
+	if begun { // sealed by the session's end, or by the gate that goes on
+		waitFor(t, func() bool { return hasLeaf(store.source(), "s1") })
+	}
 	closeLog(t, l)
 	armed.Store(false)
 	l, err = auditlog.OpenOn(t.Context(), tp, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
 	must(t, err)
 	closeLog(t, l)
 	if err := checkKept(store.source(), promised); err != nil {
+		t.Errorf("%s, a %s: %v", what, failed, err)
+	}
+	if err := checkTree(store.source(), nil, 2); err != nil {
 		t.Errorf("%s, a %s: %v", what, failed, err)
 	}
 	if tp.open != 0 {

@@ -12,6 +12,9 @@ type (
 // OpenOn is Open with another disk.
 var OpenOn = openOn
 
+// SetMendEvery sets the time between two tries to seal what an error of the disk cut.
+func (c *Config) SetMendEvery(d time.Duration) { c.mendEvery = d }
+
 // SetWall sets the clock that stamps.
 func (l *Log) SetWall(wall func() time.Time) { l.wall = wall }
 
@@ -43,9 +46,4 @@ func TakeOrder(n int, away bool, queues ...string) (order []string) {
 }
 
 // LookAgain has the uploader look at the spool as if it had lost track of what is there.
-func (l *Log) LookAgain() {
-	l.uploads.mu.Lock()
-	defer l.uploads.mu.Unlock()
-	l.uploads.overflow = true
-	l.uploads.notify()
-}
+func (l *Log) LookAgain() { l.uploads.lookAgain() }

@@ -45,9 +45,10 @@ const (
 	inTransfer  = "transfer"
 	inCut       = "segment cut" // before, in the middle of, or after the N-th operation: on the disk from the footer on, and on the store
 	inSeal      = "seal"        // likewise, of a log's last segment
+	inTree      = "checkpoint"  // likewise, of a leaf or a checkpoint
 )
 
-var phases = []string{inHandshake, inStart, inTransfer, inCut, inSeal}
+var phases = []string{inHandshake, inStart, inTransfer, inCut, inSeal, inTree}
 
 func gateKey(dir, name string) (ssh.Signer, error) {
 	b, err := os.ReadFile(filepath.Join(dir, name))
@@ -73,7 +74,6 @@ func killedGate(plan string) error {
 	defer stop()
 	cfg := killedConfig(p.Dir)
 	cfg.SyncBytes, cfg.Sync = gateSyncBytes, p.Sync
-	cfg.Tree, cfg.Index = "", false // its points are counted by the sessions' segments; TestKilled has both
 	l, err := auditlog.OpenOn(ctx, killDisk{auditlog.OSDisk{}, k}, cfg, testKey, killStore{store, k}, "gate-1", log)
 	if err != nil {
 		return err
@@ -99,6 +99,7 @@ func killedGate(plan string) error {
 		return err
 	}
 	fmt.Println(listener.Addr())
+	k.begin()
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(killListener{listener, k}) }()
 	<-ctx.Done()
@@ -118,10 +119,33 @@ type killer struct {
 	plan gatePlan
 
 	mu    sync.Mutex // guards all below; nobody gets it any more once the process ends
+	begun bool       // the gate takes connections
 	count int
 	phase map[string]string // of the spool's files whose footer was begun, and of a directory with a name that is not durable
 	last  map[string]bool   // logs whose last segment was begun to be sealed
 }
+
+// begin says that the gate takes connections.
+func (k *killer) begin() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.begun = true
+}
+
+// phaseOf is the phase that an operation on a file, or in a directory, is of. The lock is held.
+func (k *killer) phaseOf(name string) string {
+	switch {
+	case strings.Contains(name, objectPart), name == filepath.Join(k.plan.Dir, "tree"), filepath.Dir(name) == filepath.Join(k.plan.Dir, "tree"):
+		if k.begun {
+			return inTree
+		}
+		return ""
+	}
+	return k.phase[name]
+}
+
+// objectPart is in the name of an object's file in the spool.
+const objectPart = ".obj"
 
 func (k *killer) die() {
 	fmt.Println("killed in", k.plan.Phase)
@@ -138,6 +162,9 @@ func (k *killer) point(phase string) {
 	}
 }
 
+// unsynced is a sync: a kill takes nothing that was written, synced or not. TestPowerCut is for the syncs.
+func unsynced() error { return nil }
+
 type killDisk struct {
 	auditlog.OSDisk
 	k *killer
@@ -145,7 +172,7 @@ type killDisk struct {
 
 func (d killDisk) around(name string, f func() error) error {
 	d.k.mu.Lock()
-	phase := d.k.phase[name]
+	phase := d.k.phaseOf(name)
 	d.k.point(phase)
 	d.k.mu.Unlock()
 	err := f()
@@ -157,7 +184,7 @@ func (d killDisk) around(name string, f func() error) error {
 
 func (d killDisk) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskFile, error) {
 	parts := strings.Split(filepath.Base(name), ".")
-	fresh := len(parts) == 3 && parts[1] != "00000000"
+	fresh := len(parts) == 3 && parts[1] != "00000000" && "."+parts[2] != objectPart
 	if fresh {
 		d.k.mu.Lock()
 		d.k.phase[name] = inCut
@@ -186,7 +213,7 @@ func (d killDisk) SyncDir(name string) error {
 		defer d.k.mu.Unlock()
 		delete(d.k.phase, name)
 	}()
-	return d.around(name, func() error { return d.OSDisk.SyncDir(name) })
+	return d.around(name, unsynced)
 }
 
 func (d killDisk) Remove(name string) error {
@@ -226,7 +253,7 @@ func (f *killFile) Write(p []byte) (int, error) {
 }
 
 func (f *killFile) Sync() error {
-	err := f.d.around(f.Name(), f.DiskFile.Sync)
+	err := f.d.around(f.Name(), unsynced)
 	if f.fresh {
 		f.fresh = false
 		f.d.k.mu.Lock()
@@ -243,22 +270,21 @@ type killStore struct {
 
 func (s killStore) Put(ctx context.Context, name string, r io.Reader, size int64) error {
 	n, err := auditlog.ParseName(name)
-	if err != nil {
-		return err
-	}
 	point := func() {
 		s.k.mu.Lock()
 		defer s.k.mu.Unlock()
-		if s.k.last[n.ID] {
+		switch {
+		case err != nil: // no segment
+			s.k.point(s.k.phaseOf(objectPart))
+		case s.k.last[n.ID]:
 			s.k.point(inSeal)
-		} else {
+		default:
 			s.k.point(inCut)
 		}
 	}
 	point()
-	err = s.Store.Put(ctx, name, r, size)
-	point()
-	return err
+	defer point()
+	return s.Store.Put(ctx, name, r, size)
 }
 
 type killBackend struct {

@@ -31,7 +31,7 @@ const gateTime = 2 * time.Minute
 
 // The gate is killed by SIGKILL, in each phase equally often, while three clients have sessions with known content. The next
 // start brings to the store every byte that was acknowledged, as its log verifies under the gate's key, and seals what was cut
-// as interrupted. Acknowledged is what a client has seen; in mode interval, but for the last gateSyncBytes of a session, as far
+// as interrupted; each log is in the one transparency log, which goes on from each checkpoint that was published. Acknowledged is what a client has seen; in mode interval, but for the last gateSyncBytes of a session, as far
 // as records may be behind.
 func TestKilledGate(t *testing.T) {
 	rng := seed(t)
@@ -231,6 +231,7 @@ func (k *killRound) run(rng *rand.Rand) {
 	must(t, os.RemoveAll(filepath.Join(k.plan.Dir, "tmp"))) // what the killed gate's sandboxes had
 	must(t, os.Mkdir(filepath.Join(k.plan.Dir, "tmp"), 0o700))
 
+	kept := checkpoints(source(t, filepath.Join(k.plan.Dir, "store")))
 	next := startGate(t, gatePlan{Dir: k.plan.Dir, Sync: k.plan.Sync})
 	after := fmt.Sprintf("cat # %d-after", k.round)
 	if !k.session(next.addr, after, k.seed, func(int) {}) {
@@ -238,6 +239,13 @@ func (k *killRound) run(rng *rand.Rand) {
 	}
 	next.stop(t)
 	k.check(after)
+	if err := checkTree(source(t, filepath.Join(k.plan.Dir, "store")), kept, 2); err != nil {
+		t.Errorf("%s: %v", k.what, err)
+	}
+	t.Logf("%s: %d sessions", k.what, len(k.seen))
+	if k.round%10 == 9 {
+		k.clear()
+	}
 }
 
 // session passes bytes through a cat in a sandbox until all have come back, or the gate is gone. It reports whether all have.
@@ -348,8 +356,12 @@ func (k *killRound) check(after string) {
 	if left, err := os.ReadDir(filepath.Join(k.plan.Dir, "spool")); err != nil || len(left) != 1 {
 		t.Errorf("%s: left in the spool: %v %v", k.what, left, err)
 	}
-	// What was looked at need not be looked at again.
-	must(t, os.RemoveAll(filepath.Join(k.plan.Dir, "store")))
+}
+
+// clear begins anew: what was looked at often need not be looked at again.
+func (k *killRound) clear() {
+	must(k.t, os.RemoveAll(filepath.Join(k.plan.Dir, "store")))
+	must(k.t, os.RemoveAll(filepath.Join(k.plan.Dir, "tree")))
 	_, err := file.NewStore(filepath.Join(k.plan.Dir, "store"))
-	must(t, err)
+	must(k.t, err)
 }

@@ -20,7 +20,7 @@ import (
 	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
-// flushGrace is how long Close waits for the flushers when its time is over already.
+// flushGrace is how long Close waits for what uses the disk when its time is over already.
 const flushGrace = 5 * time.Second
 
 // Store takes sealed segments. It is write-only by shape.
@@ -61,18 +61,20 @@ type Log struct {
 	uploads  *uploader
 	tree     *tlog.Log // nil: none is configured
 	stopTree func()
-	unsealed map[string]bool // logs that recover left unsealed, by ID; fixed before uploads start. Their last segment stays in the spool
-	queueing atomic.Bool     // objects go to uploads; before and after, a look at the spool finds them
+	queueing atomic.Bool // objects go to uploads; before and after, a look at the spool finds them
 	flushers sync.WaitGroup
 	stop     chan struct{} // closed by Close: ends the folding
 	folding  sync.WaitGroup
+	mend     chan struct{} // holds one: the disk takes files again
+	mending  sync.WaitGroup
 
 	mu       sync.Mutex // guards all below
 	closed   bool
 	live     map[*Recorder]struct{}
 	spoolErr error // of the last write to the spool, nil if it went well
 	fold     fold
-	own      *Recorder // the gate's own log, nil while there is nothing to say
+	own      *Recorder           // the gate's own log, nil while there is nothing to say
+	unsealed map[string]unsealed // by ID: logs that nobody writes any more, and that have no end. Their last segment stays in the spool
 }
 
 // Open opens the log of the gate with this name (ValidID) in cfg.Spool, which no other gate may have open. What an earlier
@@ -97,7 +99,7 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 	if err := checkKey(key); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
-	if err := makeSpool(d, cfg.Spool); err != nil {
+	if err := makeDir(d, cfg.Spool); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	lock, err := lockDir(filepath.Join(cfg.Spool, "lock"))
@@ -109,7 +111,7 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 		return nil, errors.Join(fmt.Errorf("open log: %w", err), lock.Close())
 	}
 	l := &Log{cfg: cfg, key: signer{Signer: key}, store: store, gate: gate, log: log, zstd: enc, lock: lock, disk: d, now: time.Now, wall: time.Now,
-		recipients: recipients, unsealed: make(map[string]bool),
+		recipients: recipients, unsealed: make(map[string]unsealed), mend: make(chan struct{}, 1),
 		stop: make(chan struct{}), live: make(map[*Recorder]struct{})}
 	l.index, l.indexClear = index{l: l}, index{l: l, clear: true}
 	l.uploads = newUploader(l)
@@ -124,6 +126,8 @@ func openOn(ctx context.Context, d disk, cfg Config, key crypto.Signer, store St
 	l.uploads.start()
 	l.folding.Add(1)
 	go l.foldLoop()
+	l.mending.Add(1)
+	go l.mendLoop()
 	return l, nil
 }
 
@@ -211,8 +215,12 @@ func (l *Log) Ready() error {
 		return fmt.Errorf("spool: %w", err)
 	}
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.spoolErr = nil
+	l.mu.Unlock()
+	select {
+	case l.mend <- struct{}{}:
+	default:
+	}
 	return nil
 }
 
@@ -285,6 +293,7 @@ func (l *Log) Close(ctx context.Context) error {
 	}
 	close(l.stop)
 	l.folding.Wait()
+	errs = append(errs, await(ctx, &l.mending))
 	l.writeRefused()
 	l.mu.Lock()
 	own := l.own
@@ -293,18 +302,7 @@ func (l *Log) Close(ctx context.Context) error {
 	if own != nil {
 		errs = append(errs, own.Close(&End{Cause: "shutdown"}))
 	}
-	errs = append(errs, l.closeIndex())
-	flushed := make(chan struct{})
-	go func() { l.flushers.Wait(); close(flushed) }()
-	select {
-	case <-flushed:
-	case <-ctx.Done(): // a disk that hangs shall not keep the gate from ending
-		select {
-		case <-flushed:
-		case <-time.After(flushGrace): // they need no time, but a processor
-			errs = append(errs, context.Cause(ctx))
-		}
-	}
+	errs = append(errs, l.closeIndex(), await(ctx, &l.flushers))
 	l.stopTree()
 	l.uploads.close(ctx)
 	errs = append(errs, l.closeTree(ctx), l.zstd.Close(), l.lock.Close())
@@ -312,6 +310,23 @@ func (l *Log) Close(ctx context.Context) error {
 		return fmt.Errorf("close log: %w", err)
 	}
 	return nil
+}
+
+// await waits for goroutines that use the disk until ctx is done: a disk that hangs shall not keep the gate from ending.
+func await(ctx context.Context, group *sync.WaitGroup) error {
+	ended := make(chan struct{})
+	go func() { group.Wait(); close(ended) }()
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+	}
+	select {
+	case <-ended:
+		return nil
+	case <-time.After(flushGrace): // they need no time, but a processor
+		return context.Cause(ctx)
+	}
 }
 
 // newRunID makes an ID for one run of the gate's own log; it sorts by time.

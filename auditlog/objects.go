@@ -65,8 +65,12 @@ func (l *Log) openTree() error {
 	if l.cfg.Tree == "" {
 		return nil
 	}
-	var err error
-	l.tree, err = tlog.Open(tlog.Config{Dir: l.cfg.Tree, Gate: l.gate, Signer: l.key, Beat: l.cfg.CheckpointInterval,
+	// The directory's name is durable before a leaf is: without its leaves, what they name could not be proven.
+	err := makeDir(l.disk, l.cfg.Tree)
+	if err != nil {
+		return err
+	}
+	l.tree, err = tlog.Open(tlog.Config{Dir: l.cfg.Tree, Disk: treeDisk{l.disk}, Gate: l.gate, Signer: l.key, Beat: l.cfg.CheckpointInterval,
 		Delay: min(l.cfg.SegmentAge, l.cfg.CheckpointInterval), Put: l.putObjects, Slog: l.log,
 		Busy: func(queue string) bool { return l.uploads.waitingIn(queue) >= busyObjects }})
 	if err != nil {
@@ -133,7 +137,7 @@ func (l *Log) closeTree(ctx context.Context) error {
 
 // emptied says whether the spool holds no log any more, but objects at most.
 func (l *Log) emptied() (bool, error) {
-	files, err := readSpool(l.cfg.Spool, false)
+	files, err := l.readSpool(false)
 	return err == nil && !slices.ContainsFunc(files, func(f spoolFile) bool { return f.suffix != objectSuffix }), err
 }
 

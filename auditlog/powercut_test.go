@@ -2,17 +2,22 @@ package auditlog_test
 
 import (
 	"context"
+	"crypto/ed25519"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/tlog"
+	verifier "github.com/sallyport/sallyport/auditlog/verify"
 )
 
 // soakEnv asks for the long form of tests (make soak).
@@ -35,7 +40,7 @@ func seed(t *testing.T) *rand.Rand {
 
 func powerConfig(dir string) auditlog.Config {
 	return auditlog.Config{Spool: filepath.Join(dir, "spool"), SegmentBytes: 6 << 10, SegmentAge: time.Hour, SyncInterval: time.Hour,
-		SyncBytes: 64 << 10, Codec: "none"}
+		SyncBytes: 64 << 10, Codec: "none", Index: true, Tree: filepath.Join(dir, "tree"), CheckpointInterval: time.Minute}
 }
 
 // numbered gives the i-th record of a session of the tests below.
@@ -94,15 +99,103 @@ func checkKept(src memory, promised map[string]int) error {
 	return nil
 }
 
+// checkTree verifies a store as an auditor does, in all and from checkpoints that were in it before: each log there is a leaf of the
+// one transparency log, at most so often, and nothing is missing.
+func checkTree(src auditlog.Source, kept []*tlog.Checkpoint, most int) error {
+	var wrong []string
+	sum, err := verifier.New(src, verifier.Options{Keys: []ed25519.PublicKey{testPublic()}, Since: kept,
+		Log: func(r auditlog.Report) error {
+			for _, p := range r.Problems {
+				wrong = append(wrong, p.String())
+			}
+			return nil
+		},
+		Tree: func(t verifier.Tree) error {
+			for _, p := range t.Problems {
+				wrong = append(wrong, p.String())
+			}
+			return nil
+		},
+		Problem: func(p auditlog.Problem) error {
+			wrong = append(wrong, p.String())
+			return nil
+		},
+	}).Store(context.Background())
+	switch {
+	case err != nil:
+		return err
+	case sum.Damaged() || sum.Unsealed() || sum.Missing+sum.Outside+sum.Foreign > 0 || len(sum.Trees) > 1:
+		return fmt.Errorf("%v, %d without a leaf, %d missing, %d outside, %d foreign, %d transparency logs: %s", sum.Logs, sum.Waiting, sum.Missing,
+			sum.Outside, sum.Foreign, len(sum.Trees), strings.Join(wrong, "; "))
+	}
+	for id, n := range leaves(src) {
+		if n > most {
+			return fmt.Errorf("%s: %d times in the transparency log", id, n)
+		}
+	}
+	return nil
+}
+
+// checkpoints gives those in a store, in order.
+func checkpoints(src auditlog.Source) (all []*tlog.Checkpoint) {
+	read := func(name string) (*tlog.Checkpoint, error) {
+		f, err := src.Open(context.Background(), name)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		b, err := io.ReadAll(f)
+		if err != nil {
+			return nil, err
+		}
+		return tlog.ParseCheckpoint(b)
+	}
+	for o, err := range src.List(context.Background(), tlog.Prefix) {
+		if n, _ := tlog.ParseName(o.Name); err == nil && n.Kind == tlog.KindCheckpoint {
+			var c *tlog.Checkpoint
+			c, err = read(o.Name)
+			all = append(all, c)
+		}
+		if err != nil {
+			panic(err) // of a test
+		}
+	}
+	return all
+}
+
+// leaves says how often each log is in the transparency log, by its directory.
+func leaves(src auditlog.Source) map[string]int {
+	found := make(map[string]int)
+	for _, c := range checkpoints(src) {
+		for _, e := range c.Entries {
+			if l, err := auditlog.ParseLeaf(e); err == nil { // else checkTree says so
+				found[l.Dir]++
+			}
+		}
+	}
+	return found
+}
+
+// hasLeaf says whether a session is in the transparency log.
+func hasLeaf(src auditlog.Source, id string) bool {
+	for dir := range leaves(src) {
+		if strings.HasSuffix(dir, "/"+id+"/") {
+			return true
+		}
+	}
+	return false
+}
+
 // record makes a tape of a small log: three sessions at once with a few segments each, synced now and then, two stored as they are
 // cut, and one whose segments all wait for the store until it has ended.
 func recordTape(t *testing.T, mode string) *tape {
 	t.Helper()
-	tp := newTape()
+	dir := t.TempDir()
+	tp := newTape(dir)
 	held := make(chan struct{})
 	store := &shelf{objects: make(map[string][]byte), tape: tp, held: held}
-	cfg := powerConfig(t.TempDir())
-	cfg.Sync = mode
+	cfg := powerConfig(dir)
+	cfg.Sync, cfg.CheckpointInterval = mode, 100*time.Millisecond
 	l, err := auditlog.OpenOn(t.Context(), tp, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
 	must(t, err)
 	rng := rand.New(rand.NewPCG(4, 2))
@@ -131,6 +224,7 @@ func recordTape(t *testing.T, mode string) *tape {
 		if i == 9 {
 			must(t, two.Close(&auditlog.End{Cause: "client-left"}))
 			tp.promise(map[string]int{"two": -written["two"] - 1})
+			waitFor(t, func() bool { return hasLeaf(store.source(), "two") }) // sessions go on between checkpoints
 		}
 	}
 	must(t, three.Close(&auditlog.End{Cause: "client-left"}))
@@ -144,17 +238,20 @@ func recordTape(t *testing.T, mode string) *tape {
 }
 
 // recoverFrom starts a gate on what a power cut left, and gives what it did to the disk and the store.
-func recoverFrom(t *testing.T, spool map[string][]byte, s *shelf) *tape {
+func recoverFrom(t *testing.T, held map[string][]byte, s *shelf) *tape {
 	t.Helper()
-	tp := tapeOf(spool)
 	dir, err := os.MkdirTemp(t.TempDir(), "")
 	must(t, err)
+	tp := tapeOf(dir, held)
 	cfg := powerConfig(dir)
-	writeSpool(t, cfg.Spool, spool)
+	writeSpool(t, dir, held)
 	s.tape = tp
 	l, err := auditlog.OpenOn(t.Context(), tp, cfg, testKey, s, "gate-1", slog.New(slog.DiscardHandler))
 	must(t, err)
 	closeLog(t, l)
+	if len(s.refused) > 0 {
+		t.Fatalf("came again with other bytes: %v", s.refused)
+	}
 	left, err := os.ReadDir(cfg.Spool)
 	must(t, err)
 	for _, e := range left {
@@ -166,19 +263,19 @@ func recoverFrom(t *testing.T, spool map[string][]byte, s *shelf) *tape {
 	return tp
 }
 
-// The power fails after each single operation on the disk in turn. Whatever the disk made of what was not synced (nothing,
+// The power fails after each single operation on the disk in turn, in the short form after each fourth. Whatever the disk made of what was not synced (nothing,
 // all, torn at pages and in another order), the next start brings to the store all that was promised, verified and ended; also
 // if the power fails again while it does.
 func TestPowerCut(t *testing.T) {
 	rng := seed(t)
-	random := 2
+	random, step := 2, 4
 	if soaking() {
-		random = 60
+		random, step = 60, 1
 	}
 	for _, mode := range []string{"interval", "before-pass"} {
 		ops := recordTape(t, mode).ops
 		cuts, again := 0, 0
-		for k := range len(ops) + 1 {
+		for k := rng.IntN(step); k <= len(ops); k += step {
 			if k < len(ops) && ops[k].kind == "mark" {
 				continue // the next one has the same disk, and more that was promised
 			}
@@ -191,10 +288,15 @@ func TestPowerCut(t *testing.T) {
 					how = []string{"none", "all"}[v]
 				}
 				p, s, promised := after(nil, ops, k)
-				spool := p.cut(how, v%2 == 0, rng)
+				held := p.cut(how, v%2 == 0, rng)
 				stored := maps.Clone(s.objects)
-				second := recoverFrom(t, spool, s).ops
-				if err := checkKept(s.source(), promised); err != nil {
+				kept := checkpoints(memory(stored))
+				second := recoverFrom(t, held, s).ops
+				err := checkKept(s.source(), promised)
+				if err == nil {
+					err = checkTree(s.source(), kept, 2)
+				}
+				if err != nil {
 					t.Fatalf("%s: power cut after operation %d of %d (%s), %s of what was not synced kept: %v", mode, k, len(ops),
 						ops[max(0, k-1)].kind, how, err)
 				}
@@ -203,10 +305,14 @@ func TestPowerCut(t *testing.T) {
 					continue
 				}
 				j := rng.IntN(len(second))
-				p2, s2, _ := after(spool, second, j)
+				p2, s2, _ := after(held, second, j)
 				maps.Copy(s2.objects, stored)
+				kept = checkpoints(s2.source())
 				recoverFrom(t, p2.cut("random", true, rng), s2)
-				if err := checkKept(s2.source(), promised); err != nil {
+				if err = checkKept(s2.source(), promised); err == nil {
+					err = checkTree(s2.source(), kept, 3)
+				}
+				if err != nil {
 					t.Fatalf("%s: power cut after operation %d of %d (%s), and again after %d of %d (%s) of the recovery: %v", mode, k,
 						len(ops), ops[max(0, k-1)].kind, j, len(second), second[max(0, j-1)].kind, err)
 				}

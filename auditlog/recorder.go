@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 )
@@ -101,8 +102,11 @@ func (r *Recorder) Begin() error {
 	if err := r.begin(); err != nil {
 		if r.w != nil { // nothing in it was promised to anybody
 			r.w.f.Close()
-			r.log.disk.Remove(r.w.f.Name())
-			r.log.used.Add(-r.w.size - fileOverhead)
+			if r.log.disk.Remove(r.w.f.Name()) != nil {
+				r.log.sealLater(r.id, r.w.unsound)
+			} else {
+				r.log.used.Add(-r.w.size - fileOverhead)
+			}
 		}
 		r.broken = true
 		r.lose(fmt.Errorf("begin log: %w", err))
@@ -637,11 +641,12 @@ func (r *Recorder) write(b batch, bulk bool) error {
 		r.plain = 0
 	}
 	before := r.w.size
-	if err := r.w.writeFrame(codec, payload, len(b.b), b.count, b.ends); err != nil {
+	err := r.w.writeFrame(codec, payload, len(b.b), b.count, b.ends)
+	r.log.used.Add(r.w.size - before)
+	if err != nil {
 		r.log.spoolFailed(err)
 		return err
 	}
-	r.log.used.Add(r.w.size - before)
 	if r.unsynced == 0 {
 		r.unsyncedT = b.since
 	}
@@ -730,21 +735,23 @@ func (r *Recorder) cutSegment() error {
 	}
 	before := old.size
 	whole, err := old.finish(l.key, now, false, false)
+	l.used.Add(old.size - before)
 	if err != nil {
 		l.spoolFailed(err)
 		return err
 	}
 	next, err := l.newSegment(old.following(whole, now), r.open)
 	if err == nil {
+		l.used.Add(next.size + fileOverhead)
 		if err = next.sync(next.size); err != nil {
 			next.f.Close() // the error that counts is here already
+			old.unsound = true
 		}
 	}
 	if err != nil {
 		l.spoolFailed(err)
 		return err
 	}
-	l.used.Add(old.size - before + next.size + fileOverhead)
 	r.sealed += old.size
 	r.w = next
 	r.dirty = time.Time{}
@@ -778,13 +785,17 @@ func (r *Recorder) finish() {
 	r.mu.Unlock()
 }
 
-// fail ends the flusher after the spool failed. What is on disk is sealed by the next start.
+// fail ends the flusher after the spool failed. What is on disk is sealed when the disk takes files again, or by the next start.
 func (r *Recorder) fail(err error) {
 	if r.syncing != nil {
 		<-r.syncing.done
 		r.syncing = nil
 	}
 	r.w.f.Close() // the error that counts is here already
+	if info, err := os.Stat(r.w.f.Name()); err == nil {
+		r.log.used.Add(info.Size() - r.w.size) // a part of what could not be written
+	}
+	r.log.sealLater(r.id, r.w.unsound)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.lose(err)

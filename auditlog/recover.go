@@ -46,9 +46,10 @@ func (f spoolFile) upload(d disk, dir string) (upload, error) {
 	return upload{number: f.number, name: s.Header().Name().String(), size: f.size}, nil
 }
 
-// readSpool lists a spool's segments by log and number. It removes what probes left, and at a start also what a crash left of objects
+// readSpool lists a spool's segments by log and number. It removes what probes left, and at a start also what a crash left of files
 // that were being written.
-func readSpool(dir string, start bool) ([]spoolFile, error) {
+func (l *Log) readSpool(start bool) ([]spoolFile, error) {
+	dir := l.cfg.Spool
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -58,8 +59,9 @@ func readSpool(dir string, start bool) ([]spoolFile, error) {
 	for {
 		entries, err := d.ReadDir(1024)
 		for _, e := range entries {
-			if strings.HasSuffix(e.Name(), probeSuffix) || start && strings.HasSuffix(e.Name(), unfinishedSuffix) {
-				os.Remove(filepath.Join(dir, e.Name())) // one that stays holds up nothing
+			if strings.HasSuffix(e.Name(), probeSuffix) || start && (strings.HasSuffix(e.Name(), unfinishedSuffix) ||
+				strings.HasSuffix(e.Name(), anewSuffix)) {
+				l.disk.Remove(filepath.Join(dir, e.Name())) // one that stays holds up nothing
 				continue
 			}
 			f, ok := parseSpoolName(e.Name())
@@ -104,9 +106,9 @@ func parseSpoolName(name string) (spoolFile, bool) {
 }
 
 // recover seals what an earlier gate left unsealed and queues all that waits for the store. What can't be sealed, as a file can't be
-// read or the disk is full, stays for the next start: it shall not keep all others from the store, which alone makes room.
+// read or the disk is full, is tried again (mendLogs): it shall not keep all others from the store, which alone makes room.
 func (l *Log) recover(ctx context.Context) error {
-	files, err := readSpool(l.cfg.Spool, true)
+	files, err := l.readSpool(true)
 	if err != nil {
 		return err
 	}
@@ -118,20 +120,19 @@ func (l *Log) recover(ctx context.Context) error {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		n := slices.IndexFunc(files, func(f spoolFile) bool { return f.id != files[0].id })
-		if n < 0 {
-			n = len(files)
-		}
-		if err := l.recoverLog(files[:n]); err != nil {
-			l.spoolFailed(fmt.Errorf("recover log of %s, which the next start tries again: %w", files[0].id, err))
-			l.unsealed[files[0].id] = true
+		n := countLog(files)
+		if err := l.recoverLog(files[:n], byStart); err != nil {
+			l.spoolFailed(fmt.Errorf("recover log of %s, which is tried again: %w", files[0].id, err))
+			l.sealLater(files[0].id, false)
 		}
 		files = files[n:]
 	}
 	if err := l.disk.SyncDir(l.cfg.Spool); err != nil {
-		l.spoolFailed(fmt.Errorf("recover logs, which the next start tries again: %w", err))
+		l.spoolFailed(fmt.Errorf("recover logs, which is tried again: %w", err))
 		for _, f := range all {
-			l.unsealed[f.id] = true
+			if f.suffix != objectSuffix {
+				l.sealLater(f.id, false)
+			}
 		}
 	}
 	// Queued only now that all names are durable.
@@ -140,8 +141,22 @@ func (l *Log) recover(ctx context.Context) error {
 	return nil
 }
 
+// countLog says how many of the files are of the first one's log.
+func countLog(files []spoolFile) int {
+	if n := slices.IndexFunc(files, func(f spoolFile) bool { return f.id != files[0].id }); n > 0 {
+		return n
+	}
+	return len(files)
+}
+
+// Who seals a log, as its end says.
+const (
+	byStart = "the gate ended before the session did; sealed at its next start"
+	byMend  = "the gate's disk failed before the session ended; sealed when it took files again"
+)
+
 // recoverLog leaves a log's files sealed up to a last segment.
-func (l *Log) recoverLog(files []spoolFile) error {
+func (l *Log) recoverLog(files []spoolFile, by string) error {
 	dir := l.cfg.Spool
 	if files[0].suffix == objectSuffix {
 		return nil
@@ -163,7 +178,7 @@ func (l *Log) recoverLog(files []spoolFile) error {
 			}
 			l.used.Add(-f.size - fileOverhead)
 			if last && i > 0 {
-				return l.sealAfter(files[i-1])
+				return l.sealAfter(files[i-1], by)
 			}
 		case !s.whole || s.header.ID != f.id || s.header.Number != f.number:
 			l.log.Error("audit log: spool holds a file that is no segment; moved aside", "file", f.path(dir))
@@ -177,13 +192,13 @@ func (l *Log) recoverLog(files []spoolFile) error {
 				}
 			}
 			if last && !s.footer.Last {
-				return l.sealAfter(spoolFile{f.id, f.number, sealedSuffix, 0})
+				return l.sealAfter(spoolFile{f.id, f.number, sealedSuffix, 0}, by)
 			}
 		case f.suffix == sealedSuffix || !last:
 			// A disk that lost what it had synced. The reader will say so; the rest is still worth having.
 			l.log.Error("audit log: segment in the spool is damaged", "file", f.path(dir), "whole_until", s.good)
 		default:
-			if err := l.sealOpen(f, s); err != nil {
+			if err := l.sealOpen(f, s, by); err != nil {
 				return err
 			}
 		}
@@ -234,7 +249,7 @@ func scanSegment(d disk, path string) (scan, error) {
 }
 
 // sealOpen cuts an open segment back to its last whole frame and seals it as interrupted.
-func (l *Log) sealOpen(file spoolFile, s scan) error {
+func (l *Log) sealOpen(file spoolFile, s scan, by string) error {
 	f, err := l.disk.OpenFile(file.path(l.cfg.Spool), os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -246,18 +261,18 @@ func (l *Log) sealOpen(file spoolFile, s scan) error {
 		_, err = io.Copy(w.hash, f)
 	}
 	if err == nil {
-		err = l.sealInterrupted(w, s.ended)
-	}
-	if err != nil {
-		f.Close() // the error that counts is here already
-		return err
+		err = l.sealInterrupted(w, s.ended, by)
 	}
 	l.used.Add(w.size - file.size)
-	return nil
+	if err != nil {
+		f.Close() // the error that counts is here already
+		l.sealLater(file.id, w.unsound)
+	}
+	return err
 }
 
 // sealAfter adds a last segment after a sealed one that is not the last.
-func (l *Log) sealAfter(before spoolFile) error {
+func (l *Log) sealAfter(before spoolFile, by string) error {
 	before.suffix = sealedSuffix
 	s, err := scanSegment(l.disk, before.path(l.cfg.Spool))
 	if err != nil {
@@ -274,19 +289,20 @@ func (l *Log) sealAfter(before spoolFile) error {
 	if err != nil {
 		return err
 	}
-	if err := l.sealInterrupted(w, s.ended); err != nil {
-		w.f.Close() // the error that counts is here already
-		return err
-	}
+	err = l.sealInterrupted(w, s.ended, by)
 	l.used.Add(w.size + fileOverhead)
-	return nil
+	if err != nil {
+		w.f.Close() // the error that counts is here already
+		l.sealLater(before.id, w.unsound)
+	}
+	return err
 }
 
 // sealInterrupted ends a log for the gate that could not.
-func (l *Log) sealInterrupted(w *segmentWriter, ended bool) error {
+func (l *Log) sealInterrupted(w *segmentWriter, ended bool, by string) error {
 	now := l.wall()
 	if !ended {
-		body, err := encodeBody(&End{Cause: "interrupted", Detail: "the gate ended before the session did; sealed at its next start"})
+		body, err := encodeBody(&End{Cause: "interrupted", Detail: by})
 		if err != nil {
 			return err
 		}
@@ -300,7 +316,7 @@ func (l *Log) sealInterrupted(w *segmentWriter, ended bool) error {
 		return err
 	}
 	l.indexInterrupted(w, whole)
-	l.log.Info("audit log: sealed what an earlier gate left", "id", w.header.ID, "segment", w.header.Number,
+	l.log.Info("audit log: sealed what was interrupted", "id", w.header.ID, "segment", w.header.Number,
 		"since", w.header.LogStart.Format(time.RFC3339))
 	return w.rename()
 }

@@ -81,7 +81,7 @@ type State string
 const (
 	// Sealed: whole, and ended by its gate.
 	Sealed State = "sealed"
-	// Interrupted: whole as far as its gate came; sealed by a later start.
+	// Interrupted: whole as far as its gate came; sealed by a later start, or after its disk had failed.
 	Interrupted State = "interrupted"
 	// Live: whole as far as it goes, no last segment yet. Whether its newest segments were taken away can't be seen from the
 	// segments alone.

@@ -17,20 +17,21 @@ import (
 	"github.com/sallyport/sallyport/auditlog"
 )
 
-// tape is a disk on a real directory that remembers all that was done to it, in order: so the state of a real disk after a
+// tape is a disk on a real directory, root, that remembers all that was done to it, in order: so the state of a real disk after a
 // power cut at any moment can be made. It syncs nothing for real.
 type tape struct {
+	root  string
 	mu    sync.Mutex // guards all below
 	ops   []op
-	names map[string]int // of the files that are there
+	names map[string]int // of the files that are there; 0: of a directory
 	files int
 	open  int              // files that are
 	fault func(o op) error // asked before each operation that can fail; nil: none fails
 }
 
-// op is one operation. Names are without their directory.
+// op is one operation. Names are as below the root.
 type op struct {
-	kind string // create, write, truncate, sync, rename, remove, syncdir; put: the store took an object; mark: see promise
+	kind string // create, mkdir, write, truncate, sync, rename, remove, syncdir; put: the store took an object; mark: see promise
 	name string
 	to   string // of a rename
 	file int
@@ -39,7 +40,16 @@ type op struct {
 	mark map[string]int // records by log that were promised to be durable; -n-1: and that the log was closed, with n
 }
 
-func newTape() *tape { return &tape{names: make(map[string]int)} }
+func newTape(root string) *tape { return &tape{root: root, names: make(map[string]int)} }
+
+// rel is a path as below the root.
+func (t *tape) rel(path string) string {
+	rel, err := filepath.Rel(t.root, path)
+	if err != nil {
+		panic(err) // of a test
+	}
+	return rel
+}
 
 // add plays an operation and then keeps it.
 func (t *tape) add(o op, play func() error) error {
@@ -54,7 +64,7 @@ func (t *tape) add(o op, play func() error) error {
 		return err
 	}
 	switch o.kind {
-	case "create":
+	case "create", "mkdir":
 		t.names[o.name] = o.file
 	case "rename":
 		o.file = t.names[o.name]
@@ -68,9 +78,9 @@ func (t *tape) add(o op, play func() error) error {
 }
 
 func (t *tape) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskFile, error) {
-	base := filepath.Base(name)
+	rel := t.rel(name)
 	t.mu.Lock()
-	id, there := t.names[base]
+	id, there := t.names[rel]
 	if !there {
 		t.files++
 		id = t.files
@@ -78,29 +88,46 @@ func (t *tape) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskF
 	t.mu.Unlock()
 	var f *os.File
 	open := func() (err error) { f, err = os.OpenFile(name, flag, perm); return err }
-	if there {
-		if err := open(); err != nil {
+	var err error
+	switch {
+	case !there && flag&os.O_CREATE != 0:
+		err = t.add(op{kind: "create", name: rel, file: id}, open)
+	case there && flag&os.O_TRUNC != 0:
+		err = t.add(op{kind: "truncate", name: rel, file: id}, open)
+	default:
+		err = open()
+	}
+	if err != nil {
+		return nil, err
+	}
+	at := int64(0)
+	if flag&os.O_APPEND != 0 {
+		info, err := f.Stat()
+		if err != nil {
 			return nil, err
 		}
-	} else if err := t.add(op{kind: "create", name: base, file: id}, open); err != nil {
-		return nil, err
+		at = info.Size()
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.open++
-	return &tapeFile{t: t, f: f, id: id}, nil
+	return &tapeFile{t: t, f: f, id: id, at: at}, nil
 }
 
 func (t *tape) Rename(from, to string) error {
-	return t.add(op{kind: "rename", name: filepath.Base(from), to: filepath.Base(to)}, func() error { return os.Rename(from, to) })
+	return t.add(op{kind: "rename", name: t.rel(from), to: t.rel(to)}, func() error { return os.Rename(from, to) })
 }
 
 func (t *tape) Remove(name string) error {
-	return t.add(op{kind: "remove", name: filepath.Base(name)}, func() error { return os.Remove(name) })
+	return t.add(op{kind: "remove", name: t.rel(name)}, func() error { return os.Remove(name) })
+}
+
+func (t *tape) Mkdir(name string, perm fs.FileMode) error {
+	return t.add(op{kind: "mkdir", name: t.rel(name)}, func() error { return os.Mkdir(name, perm) })
 }
 
 func (t *tape) SyncDir(name string) error {
-	return t.add(op{kind: "syncdir", name: name}, func() error { return nil })
+	return t.add(op{kind: "syncdir", name: t.rel(name)}, func() error { return nil })
 }
 
 type tapeFile struct {
@@ -129,7 +156,7 @@ func (f *tapeFile) Read(p []byte) (int, error) {
 }
 
 func (f *tapeFile) Write(p []byte) (n int, err error) {
-	err = f.t.add(op{kind: "write", name: filepath.Base(f.Name()), file: f.id, at: f.at, data: bytes.Clone(p)}, func() error {
+	err = f.t.add(op{kind: "write", name: f.t.rel(f.Name()), file: f.id, at: f.at, data: bytes.Clone(p)}, func() error {
 		n, err = f.f.Write(p)
 		return err
 	})
@@ -138,11 +165,11 @@ func (f *tapeFile) Write(p []byte) (n int, err error) {
 }
 
 func (f *tapeFile) Truncate(size int64) error {
-	return f.t.add(op{kind: "truncate", name: filepath.Base(f.Name()), file: f.id, at: size}, func() error { return f.f.Truncate(size) })
+	return f.t.add(op{kind: "truncate", name: f.t.rel(f.Name()), file: f.id, at: size}, func() error { return f.f.Truncate(size) })
 }
 
 func (f *tapeFile) Sync() error {
-	return f.t.add(op{kind: "sync", name: filepath.Base(f.Name()), file: f.id}, func() error { return nil })
+	return f.t.add(op{kind: "sync", name: f.t.rel(f.Name()), file: f.id}, func() error { return nil })
 }
 
 // promise keeps what a caller was told to be durable.
@@ -164,7 +191,7 @@ type plate struct {
 
 func (p *platter) play(o op) {
 	switch o.kind {
-	case "create", "rename", "remove":
+	case "create", "mkdir", "rename", "remove":
 		p.pending = append(p.pending, o)
 		if o.kind == "create" {
 			p.files[o.file] = &plate{}
@@ -179,10 +206,13 @@ func (p *platter) play(o op) {
 		}
 		f.pending = nil
 	case "syncdir":
-		for _, o := range p.pending {
-			o.rename(p.names)
-		}
-		p.pending = nil
+		p.pending = slices.DeleteFunc(p.pending, func(of op) bool {
+			if filepath.Dir(of.name) != o.name {
+				return false
+			}
+			of.rename(p.names)
+			return true
+		})
 	}
 }
 
@@ -198,7 +228,7 @@ func (o op) apply(b []byte) []byte {
 
 func (o op) rename(names map[string]int) {
 	switch o.kind {
-	case "create":
+	case "create", "mkdir":
 		names[o.name] = o.file
 	case "rename":
 		names[o.to] = o.file // though its old name may never have been durable
@@ -241,6 +271,9 @@ func (p *platter) cut(how string, ordered bool, rng *rand.Rand) map[string][]byt
 	}
 	out := make(map[string][]byte)
 	for name, id := range names {
+		if _, ok := names[filepath.Dir(name)]; id == 0 || !ok && filepath.Dir(name) != "." {
+			continue // a directory, or a file in one that is gone
+		}
 		f := p.files[id]
 		states := [][]byte{f.durable}
 		for _, o := range f.pending {
@@ -259,8 +292,9 @@ func (p *platter) cut(how string, ordered bool, rng *rand.Rand) map[string][]byt
 
 // shelf is a store in memory that says on a tape what it took.
 type shelf struct {
-	mu      sync.Mutex // guards objects
+	mu      sync.Mutex // guards objects and refused
 	objects map[string][]byte
+	refused []string        // names that came again with other bytes
 	tape    *tape           // nil: none
 	held    <-chan struct{} // nothing of the log three is taken before it is closed; nil: it is
 }
@@ -280,6 +314,7 @@ func (s *shelf) Put(_ context.Context, name string, r io.Reader, size int64) err
 	defer s.mu.Unlock()
 	if old, ok := s.objects[name]; ok {
 		if !bytes.Equal(old, b) {
+			s.refused = append(s.refused, name)
 			return auditlog.ErrExists
 		}
 		return nil
@@ -301,12 +336,12 @@ func (s *shelf) source() memory {
 	return m
 }
 
-// after plays the first k operations of a tape on a disk that held spool.
-func after(spool map[string][]byte, ops []op, k int) (*platter, *shelf, map[string]int) {
-	p := &platter{names: make(map[string]int), files: make(map[int]*plate)}
-	for i, name := range sortedNames(spool) {
-		p.names[name] = -i - 1
-		p.files[-i-1] = &plate{durable: spool[name]}
+// after plays the first k operations of a tape on a disk that held these files.
+func after(held map[string][]byte, ops []op, k int) (*platter, *shelf, map[string]int) {
+	p := &platter{files: make(map[int]*plate)}
+	p.names = namesOf(held)
+	for name, b := range held {
+		p.files[p.names[name]] = &plate{durable: b}
 	}
 	s := &shelf{objects: make(map[string][]byte)}
 	promised := make(map[string]int)
@@ -326,12 +361,22 @@ func after(spool map[string][]byte, ops []op, k int) (*platter, *shelf, map[stri
 }
 
 // tapeOf is a tape for a disk that holds these files.
-func tapeOf(spool map[string][]byte) *tape {
-	t := newTape()
-	for i, name := range sortedNames(spool) {
-		t.names[name] = -i - 1
-	}
+func tapeOf(root string, held map[string][]byte) *tape {
+	t := newTape(root)
+	t.names = namesOf(held)
 	return t
+}
+
+// namesOf numbers files from -1 down, and gives their directories, too.
+func namesOf(held map[string][]byte) map[string]int {
+	names := make(map[string]int)
+	for i, name := range sortedNames(held) {
+		names[name] = -i - 1
+		if dir := filepath.Dir(name); dir != "." {
+			names[dir] = 0
+		}
+	}
+	return names
 }
 
 func sortedNames(m map[string][]byte) []string {
@@ -347,6 +392,7 @@ func writeSpool(t *testing.T, dir string, spool map[string][]byte) {
 	t.Helper()
 	must(t, os.MkdirAll(dir, 0o700))
 	for name, b := range spool {
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o700))
 		must(t, os.WriteFile(filepath.Join(dir, name), b, 0o600))
 	}
 }

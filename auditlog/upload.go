@@ -69,6 +69,7 @@ type uploader struct {
 	waiting  int
 	overflow bool              // the spool holds segments that are not in queues
 	scanning bool              // a look at the spool is under way, and overflow is set
+	again    bool              // that look may have missed files, which come in no other way
 	late     []lateUpload      // that were added meanwhile
 	lateFrom map[string]uint32 // the first number of each log of those
 	closing  bool
@@ -356,7 +357,7 @@ func (u *uploader) rescan() {
 	u.scanning = true
 	u.mu.Unlock()
 
-	files, err := readSpool(u.l.cfg.Spool, false)
+	files, err := u.l.readSpool(false)
 	all := err == nil
 	for i := 0; all && i < len(files); i++ {
 		all = u.found(files[i:])
@@ -364,12 +365,12 @@ func (u *uploader) rescan() {
 
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	defer func() { u.scanning, u.late, u.lateFrom = false, nil, nil }()
+	defer func() { u.scanning, u.again, u.late, u.lateFrom = false, false, nil, nil }()
 	if u.err = err; err != nil {
 		u.l.log.Error("audit log: spool", "error", err)
 		return // tried again in a while, or with what comes next
 	}
-	if all && u.waiting+len(u.late) <= maxWaiting {
+	if all && !u.again && u.waiting+len(u.late) <= maxWaiting {
 		u.overflow = false
 		for _, s := range u.late {
 			u.addLocked(s.id, s.upload)
@@ -380,10 +381,18 @@ func (u *uploader) rescan() {
 	}
 }
 
+// lookAgain has the spool looked at: it holds segments that were not added.
+func (u *uploader) lookAgain() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.overflow, u.again = true, u.scanning
+	u.notify()
+}
+
 // found queues the first of files if it is a sealed segment or an object that is in no queue. It says whether there was room.
 func (u *uploader) found(files []spoolFile) (room bool) {
 	f := files[0]
-	if f.suffix == openSuffix || u.l.unsealed[f.id] && f.suffix == sealedSuffix && lastSealed(files) {
+	if f.suffix == openSuffix || f.suffix == sealedSuffix && u.l.isUnsealed(f.id) && lastSealed(files) {
 		return true
 	}
 	u.mu.Lock()

@@ -39,6 +39,7 @@ type segmentWriter struct {
 	buf     [frameHeaderBytes]byte
 	cipher  *frameCipher // nil: frames are in the clear
 	failed  error        // of a write; nothing is written after it
+	unsound bool         // a sync failed: what the file gives back may not be on the disk
 }
 
 // createSegment makes a segment's file with its header. The caller syncs file and directory.
@@ -78,6 +79,7 @@ func (w *segmentWriter) write(b []byte) error {
 // its bytes (measured: 2.8 CPU s a GiB written, against 0.4).
 func (w *segmentWriter) sync(size int64) error {
 	if err := w.f.Sync(); err != nil {
+		w.unsound = true
 		return err
 	}
 	if f, ok := w.f.(*os.File); ok && size-w.dropped >= dropBytes {

@@ -17,7 +17,8 @@ import (
 
 // Config is what a gate's log needs.
 type Config struct {
-	Dir    string        // where its state lies; one gate has it
+	Dir    string // where its state lies; it is there, and one gate has it
+	Disk   Disk
 	Gate   string        // name of the gate
 	Signer crypto.Signer // Ed25519
 	Beat   time.Duration // a checkpoint is made at least so often, even with nothing to say
@@ -47,9 +48,9 @@ type Log struct {
 	mu      sync.Mutex // guards all below
 	entries [][]byte   // that wait, from index base on
 	base    int64
-	wait    *os.File // waitFile; nil: it could not be written since Open
-	broken  error    // of a write to it: what follows would be no line
-	failed  error    // of the last try to make a checkpoint
+	wait    File  // waitFile; nil: it could not be written since Open
+	broken  error // of a write to it: what follows would be no line
+	failed  error // of the last try to make a checkpoint
 	closed  bool
 }
 
@@ -65,16 +66,13 @@ func Open(cfg Config) (*Log, error) {
 
 func (l *Log) open() error {
 	dir := l.cfg.Dir
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
 	err := l.load()
 	var damage *damageError
 	switch {
 	case errors.As(err, &damage):
 		l.cfg.Slog.Error("transparency log: its state is damaged, and a new log begins; the old files end in .bad", "error", err)
 		for _, name := range []string{nextFile, stateFile} {
-			if err := os.Rename(filepath.Join(dir, name), filepath.Join(dir, name+".bad")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if err := l.cfg.Disk.Rename(filepath.Join(dir, name), filepath.Join(dir, name+".bad")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}
@@ -92,7 +90,7 @@ func (l *Log) open() error {
 		id := time.Now().UTC().Format("20060102T150405Z") + "-" + rand.Text()[:10]
 		l.state = &state{Gate: l.cfg.Gate, Log: id, Tree: &Tree{}}
 		// Leaves that waited go into the new log, even if they are in the old one too.
-		if l.entries, err = readWaiting(dir, nil); err != nil {
+		if l.entries, err = l.readWaiting(nil); err != nil {
 			return err
 		}
 	}
@@ -104,7 +102,7 @@ func (l *Log) open() error {
 		}
 		b, err := encodeState(l.state)
 		if err == nil {
-			err = writeFile(dir, stateFile, b)
+			err = l.writeFile(stateFile, b)
 		}
 		if err != nil {
 			l.wait.Close() // the error that counts is here already
@@ -123,8 +121,7 @@ func (l *Log) open() error {
 
 // load reads the state and finishes what a crash broke off. Without one, state stays nil.
 func (l *Log) load() error {
-	dir := l.cfg.Dir
-	next, err := readState(dir, nextFile)
+	next, err := l.readState(nextFile)
 	var unfinished error
 	switch {
 	case err == nil:
@@ -134,7 +131,7 @@ func (l *Log) load() error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
-	s, err := readState(dir, stateFile)
+	s, err := l.readState(stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return unfinished
 	}
@@ -149,7 +146,7 @@ func (l *Log) load() error {
 		l.cfg.Slog.Error("transparency log: a checkpoint can't be handed on yet", "error", unfinished)
 		l.next = next
 	}
-	if l.entries, err = readWaiting(dir, s); err != nil {
+	if l.entries, err = l.readWaiting(s); err != nil {
 		return err
 	}
 	l.state = s
@@ -161,7 +158,7 @@ func (l *Log) finish(next *state) error {
 	if err := l.cfg.Put(l.queue(next), next.Sequence-uint32(len(next.Objects)), next.Objects); err != nil {
 		return err
 	}
-	return rename(l.cfg.Dir, nextFile, stateFile)
+	return l.rename(nextFile, stateFile)
 }
 
 func (l *Log) queue(s *state) string { return QueuePrefix + s.Log }
@@ -175,10 +172,10 @@ func (l *Log) rewriteWaiting() error {
 	for i, e := range l.entries {
 		b = append(b, l.line(l.base+int64(i), e)...)
 	}
-	if err := writeFile(l.cfg.Dir, waitFile, b); err != nil {
+	if err := l.writeFile(waitFile, b); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(l.cfg.Dir, waitFile), os.O_WRONLY|os.O_APPEND, 0o600)
+	f, err := l.cfg.Disk.OpenFile(filepath.Join(l.cfg.Dir, waitFile), os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return err
 	}
@@ -204,12 +201,12 @@ func (l *Log) Add(entry []byte) error {
 	if err == nil {
 		err = l.sync(index)
 	}
+	select {
+	case l.wake <- struct{}{}: // after a failure, too: the next checkpoint mends it
+	default:
+	}
 	if err != nil {
 		return fmt.Errorf("add leaf: %w", err)
-	}
-	select {
-	case l.wake <- struct{}{}:
-	default:
 	}
 	return nil
 }
@@ -240,8 +237,11 @@ func (l *Log) sync(index int64) error {
 		return nil
 	}
 	l.mu.Lock()
-	f, to := l.wait, l.base+int64(len(l.entries))
+	f, to, broken := l.wait, l.base+int64(len(l.entries)), l.broken
 	l.mu.Unlock()
+	if broken != nil { // by another's sync: the next would say that all is well, whatever the first one lost
+		return broken
+	}
 	if err := f.Sync(); err != nil {
 		l.mu.Lock()
 		l.broken = err
@@ -254,6 +254,7 @@ func (l *Log) sync(index int64) error {
 
 // Run makes checkpoints until ctx ends.
 func (l *Log) Run(ctx context.Context) {
+	defer l.mend()            // for leaves that come when Run has ended
 	timer := time.NewTimer(0) // the first at once: it says that the gate lives
 	defer timer.Stop()
 	for {
@@ -278,6 +279,19 @@ func (l *Log) Run(ctx context.Context) {
 			wait = min(wait, retryAfter)
 		}
 		timer.Reset(wait)
+	}
+}
+
+// mend makes a checkpoint if leaves could not be taken.
+func (l *Log) mend() {
+	l.mu.Lock()
+	broken := l.broken != nil
+	l.mu.Unlock()
+	if !broken {
+		return
+	}
+	if err := l.Cut(); err != nil {
+		l.cfg.Slog.Error("transparency log: no checkpoint", "error", err)
 	}
 }
 
@@ -311,8 +325,9 @@ func (l *Log) cut(closed bool) (more bool, err error) {
 		l.mu.Lock()
 		entries := l.entries[:min(len(l.entries), MaxCheckpointEntries)]
 		said = closed && len(entries) == len(l.entries)
+		broken := l.broken != nil // then it is to be mended, too
 		l.mu.Unlock()
-		if len(entries) == 0 && !closed && l.cfg.Busy(l.queue(l.state)) {
+		if len(entries) == 0 && !closed && !broken && l.cfg.Busy(l.queue(l.state)) {
 			return false, nil
 		}
 		if l.next, err = l.make(entries, said); err != nil {
@@ -325,7 +340,7 @@ func (l *Log) cut(closed bool) (more bool, err error) {
 		return false, err
 	}
 	// From here on the checkpoint is made: a crash finds it in nextFile.
-	if err := writeFile(l.cfg.Dir, nextFile, b); err != nil {
+	if err := l.writeFile(nextFile, b); err != nil {
 		return false, err
 	}
 	if err := l.finish(next); err != nil {

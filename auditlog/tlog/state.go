@@ -21,6 +21,22 @@ const (
 	waitFile  = "leaves.jsonl" // leaves for the next checkpoint, appended as they come
 )
 
+// Disk is what changes the state directory, and what Open reads of it: everything that must be there after a crash goes through it.
+type Disk interface {
+	// OpenFile opens a file as os.OpenFile does. Its name is durable after SyncDir, its content after its Sync.
+	OpenFile(name string, flag int, perm fs.FileMode) (File, error)
+	Rename(from, to string) error
+	Remove(name string) error
+	// SyncDir makes the names in a directory durable.
+	SyncDir(name string) error
+}
+
+// File is an open file of a Disk.
+type File interface {
+	io.ReadWriteCloser
+	Sync() error
+}
+
 // maxState bounds a state file: 255 entries and at most 7 tiles of 255 hashes, in base64, and the objects of one checkpoint.
 const maxState = 64 << 20
 
@@ -67,8 +83,9 @@ func decodeState(b []byte) (*state, error) {
 	return s, s.Tree.check()
 }
 
-func readState(dir, name string) (*state, error) {
-	f, err := os.Open(filepath.Join(dir, name))
+func (l *Log) readState(name string) (*state, error) {
+	path := filepath.Join(l.cfg.Dir, name)
+	f, err := l.cfg.Disk.OpenFile(path, os.O_RDONLY, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +96,7 @@ func readState(dir, name string) (*state, error) {
 	}
 	s, err := decodeState(b)
 	if err != nil {
-		return nil, &damageError{fmt.Errorf("%s: %w", f.Name(), err)}
+		return nil, &damageError{fmt.Errorf("%s: %w", path, err)}
 	}
 	return s, nil
 }
@@ -88,37 +105,35 @@ func readState(dir, name string) (*state, error) {
 type damageError struct{ error }
 
 // writeFile replaces a file in one step, durably.
-func writeFile(dir, name string, b []byte) error {
-	f, err := os.OpenFile(filepath.Join(dir, name+".tmp"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+func (l *Log) writeFile(name string, b []byte) error {
+	tmp := filepath.Join(l.cfg.Dir, name+".tmp")
+	f, err := l.cfg.Disk.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		l.cfg.Disk.Remove(tmp) // one that stays is written anew
 		return err
 	}
-	return rename(dir, name+".tmp", name)
+	return l.rename(name+".tmp", name)
 }
 
-func rename(dir, from, to string) error {
-	if err := os.Rename(filepath.Join(dir, from), filepath.Join(dir, to)); err != nil {
+// rename gives a file another name, durably.
+func (l *Log) rename(from, to string) error {
+	if err := l.cfg.Disk.Rename(filepath.Join(l.cfg.Dir, from), filepath.Join(l.cfg.Dir, to)); err != nil {
 		return err
 	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return l.cfg.Disk.SyncDir(l.cfg.Dir)
 }
 
 // readWaiting gives the leaves in waitFile that the tree of s does not have yet, in order; all, if s is nil. What a crash or a power
 // cut made of lines that were not synced (torn, lost, zeros) was promised to nobody, nor were those after them.
-func readWaiting(dir string, s *state) ([][]byte, error) {
-	f, err := os.Open(filepath.Join(dir, waitFile))
+func (l *Log) readWaiting(s *state) ([][]byte, error) {
+	f, err := l.cfg.Disk.OpenFile(filepath.Join(l.cfg.Dir, waitFile), os.O_RDONLY, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

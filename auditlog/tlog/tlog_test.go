@@ -154,7 +154,7 @@ func newSpool() *spool {
 }
 
 func (s *spool) config(dir string, key crypto.Signer) Config {
-	return Config{Dir: dir, Gate: "gate-1", Signer: key, Beat: time.Minute, Delay: time.Millisecond, Put: s.put,
+	return Config{Dir: dir, Disk: osDisk{}, Gate: "gate-1", Signer: key, Beat: time.Minute, Delay: time.Millisecond, Put: s.put,
 		Busy: func(string) bool { return s.busy }, Slog: slog.New(slog.DiscardHandler)}
 }
 
