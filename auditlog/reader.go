@@ -2,7 +2,6 @@ package auditlog
 
 import (
 	"bufio"
-	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -49,8 +48,9 @@ type SegmentReader struct {
 	records []byte       // of the frame, not yet given
 	left    uint32       // of them, by the frame's header
 	next    uint64       // sequence of the next record
-	stored  bytes.Buffer
+	stored  []byte
 	decoded []byte
+	large   func() error // called before a frame of more than keptBytes is read; nil: nobody asks
 	footer  *Footer
 	err     error
 }
@@ -150,7 +150,7 @@ func (s *SegmentReader) Next() (Record, error) {
 	}
 	rec, err := s.read()
 	if err != nil {
-		s.err, s.records, s.decoded, s.stored = err, nil, nil, bytes.Buffer{}
+		s.err, s.records, s.decoded, s.stored = err, nil, nil, nil
 	}
 	return rec, err
 }
@@ -201,14 +201,15 @@ func (s *SegmentReader) readFrame() error {
 	if s.offset+int64(f.stored) > MaxSegmentBytes {
 		return s.damage("segment is larger than %d bytes", MaxSegmentBytes)
 	}
-	// Grown as bytes come, so that a header alone can't claim memory.
-	s.stored.Reset()
-	n, err := io.CopyN(&s.stored, s.r, int64(f.stored))
-	s.offset += n
+	if s.large != nil && max(f.stored, f.decoded) > keptBytes {
+		if err := s.large(); err != nil {
+			return s.cut(err, "")
+		}
+	}
+	stored, err := s.readStored(int(f.stored))
 	if err != nil {
 		return s.cut(err, "cut within a frame")
 	}
-	stored := s.stored.Bytes()
 	if crc32.Update(crc32.Checksum(hb[:frameHeaderBytes-crcBytes], castagnoli), castagnoli, stored) != crc {
 		return s.damage("frame: wrong CRC")
 	}
@@ -242,8 +243,35 @@ func (s *SegmentReader) readFrame() error {
 	if s.records, err = s.decode(f, stored); err != nil {
 		return s.damage("frame: %v", err)
 	}
+	if cap(s.stored) > keptBytes { // several may be read at once, and the records take memory, too
+		s.stored = nil
+	}
 	s.left = f.count
 	return nil
+}
+
+// keptBytes is the largest buffer of stored bytes that is kept for the next frame. No gate writes a frame that needs more.
+const keptBytes = 2 << 20
+
+// readStored reads a frame's n stored bytes. The buffer grows as they come, so that a header alone can't claim memory, and to no
+// more than is needed.
+func (s *SegmentReader) readStored(n int) ([]byte, error) {
+	b := s.stored[:0]
+	for len(b) < n {
+		if len(b) == cap(b) {
+			more := make([]byte, len(b), min(n, max(64<<10, 4*len(b))))
+			copy(more, b)
+			b = more
+		}
+		got, err := io.ReadFull(s.r, b[len(b):min(n, cap(b))])
+		s.offset += int64(got)
+		b = b[:len(b)+got]
+		if err != nil {
+			return nil, err
+		}
+	}
+	s.stored = b
+	return b, nil
 }
 
 func (s *SegmentReader) readFooter(f frameHeader, payload []byte, before Hash) error {

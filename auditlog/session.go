@@ -233,6 +233,10 @@ type chain struct {
 	footer      Footer // of the newest segment that has one
 }
 
+// largeFrames has room for as many segments as may hold frames that no gate writes at the same time. With the records in it, one
+// takes some 50 MiB, and sessions are read side by side. Who reads records must not read another session for each.
+var largeFrames = make(chan struct{}, 2)
+
 // segment reads one segment; false if the caller has enough.
 func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield func(Record) bool) bool {
 	c := &r.chain
@@ -250,6 +254,24 @@ func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield fun
 	} else {
 		r.checkHeader(o.Name, n, s.Header())
 		r.unlock(o.Name, s)
+		turn := false
+		s.large = func() error {
+			if turn {
+				return nil
+			}
+			select {
+			case largeFrames <- struct{}{}:
+				turn = true
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+		defer func() {
+			if turn {
+				<-largeFrames
+			}
+		}()
 		for {
 			rec, err := s.Next()
 			if err == nil {

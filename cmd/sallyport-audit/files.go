@@ -232,7 +232,8 @@ func (t *tool) files(ctx context.Context, id string, s *selection, out io.Writer
 	return context.Cause(ctx)
 }
 
-// maxShown is how much of a session's user and ticket is repeated with each of its files, in characters: a gate writes no more.
+// maxShown is how much is repeated, of a session's user and ticket with each of its files and of a transfer's own fields, in
+// characters: a gate writes no more.
 const maxShown = 1024
 
 func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, pattern string, w *table, out io.Writer) error {
@@ -246,7 +247,7 @@ func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, patt
 		id := r.Report().ID
 		if w == nil {
 			if err := printJSON(out, listedFile{Session: id, User: short(s.User, maxShown), Ticket: short(s.Ticket, maxShown), Channel: rec.Channel, Time: rec.Time,
-				What: transferWord(b), Result: transferResult(b), File: newTransfer(b)}); err != nil {
+				What: short(transferWord(b), maxShown), Result: short(transferResult(b), maxShown), File: newTransfer(b)}); err != nil {
 				return err
 			}
 			continue

@@ -26,18 +26,18 @@ type forged struct {
 func forge(t testing.TB, dir, id string, frames ...[]forged) {
 	t.Helper()
 	castagnoli := crc32.MakeTable(crc32.Castagnoli)
+	mode, err := cbor.CoreDetEncOptions().EncMode()
+	if err != nil {
+		t.Fatal(err)
+	}
 	encode := func(v any) []byte {
-		b, err := cbor.CoreDetEncOptions().EncMode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		out, err := b.Marshal(v)
+		out, err := mode.Marshal(v)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return out
 	}
-	z, err := zstd.NewWriter(nil, zstd.WithWindowSize(1<<20))
+	z, err := zstd.NewWriter(nil, zstd.WithWindowSize(1<<20), zstd.WithEncoderLevel(zstd.SpeedFastest))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,10 +1,19 @@
 package main
 
 import (
+	"bytes"
+	"crypto/ed25519"
 	"io"
+	"log/slog"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"filippo.io/age"
+
+	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/file"
 )
 
 func TestParse(t *testing.T) {
@@ -108,5 +117,78 @@ func TestReport(t *testing.T) {
 	r.quick, text = true, strings.Builder{}
 	if r.print(&text); strings.Contains(text.String(), "missed") {
 		t.Error("a quick run speaks of aims")
+	}
+}
+
+func TestPace(t *testing.T) {
+	const rate = 1 << 20
+	data := make([]byte, rate/20)
+	began := time.Now()
+	r := &pace{Reader: bytes.NewReader(data), rate: rate}
+	got, err := io.ReadAll(r)
+	if err != nil || len(got) != len(data) || r.n != int64(len(data)) {
+		t.Fatal(len(got), r.n, err)
+	}
+	w := &pace{rate: rate}
+	for range 2 {
+		if n, err := w.Write(data); n != len(data) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if took := time.Since(began); took < 150*time.Millisecond {
+		t.Errorf("three twentieths of a second's bytes passed in %v", took)
+	}
+}
+
+// What is measured of the log without a gate is a log: it is decrypted, and all sessions that are listed are in its index.
+func TestLogs(t *testing.T) {
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bench{sizes: small, root: t.TempDir()}
+	var encode, decode samples
+	if err := b.oneLog(t.Context(), bytes.Repeat([]byte("a line\n"), 100_000), id, true, &encode, &decode, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if len(encode) != 1 || len(decode) != 1 {
+		t.Error(encode, decode)
+	}
+	dir := t.TempDir()
+	store, err := file.NewStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := auditlog.Open(t.Context(), auditlog.Config{Spool: filepath.Join(t.TempDir(), "spool"), Index: true}, key, store, "bench", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const sessions = 25
+	if err := writeSessions(t.Context(), l, sessions); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	src, err := file.OpenSource(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	x, err := auditlog.ReadIndex(t.Context(), src, auditlog.IndexOptions{Keys: []ed25519.PublicKey{public}})
+	if err != nil || x.Len() != sessions {
+		t.Fatalf("%d of %d sessions are in the index: %v", x.Len(), sessions, err)
+	}
+	for log, err := range auditlog.Logs(t.Context(), src, auditlog.SessionPrefix) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := x.Entry(log); !ok || e.User == "" || e.Cause != "client-left" {
+			t.Errorf("%v: %v %+v", log.Name, ok, e)
+		}
 	}
 }

@@ -638,7 +638,7 @@ func caseAudit(ctx context.Context, b *bench) error {
 				return err
 			}))
 		}
-		if err := b.inTurn(ctx, b.rounds, turns...); err != nil {
+		if err := b.inTurn(ctx, b.fewer(), turns...); err != nil {
 			return err
 		}
 		off, on, strict := *took["audit-off"], *took["audit-on"], *took["audit-strict"]

@@ -10,6 +10,7 @@
 //	cluster.go  what is measured on the cluster
 //	client.go   OpenSSH's client, and one in Go that tells the phases apart
 //	cases.go    what is measured
+//	log.go      what is measured of the log, and at a network's rate
 //	report.go   samples, tables, the document
 //	proc.go     memory, descriptors, processor time
 package main
@@ -69,7 +70,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	var only, flows string
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(stderr)
-	f.IntVar(&o.rounds, "rounds", 15, "rounds of the short cases; transfers have a fifth as many")
+	f.IntVar(&o.rounds, "rounds", 15, "rounds of the short cases; audit and cluster have half as many, transfers a fifth")
 	f.StringVar(&only, "only", "", "measure the cases whose name matches this expression")
 	f.StringVar(&flows, "flows", "", "of transfer, measure those whose name matches, as in \"text up\"")
 	f.BoolVar(&o.quick, "quick", false, "one round, small sizes: shows that it works, measures nothing")
@@ -122,7 +123,10 @@ func cases() []oneCase {
 		{"echo", "from a typed key to its echo at the prompt", caseEcho},
 		{"burst", "many logins at once, until the last has ended", caseBurst},
 		{"transfer", "bytes through one program, both ways, by cipher and by content", caseTransfer},
+		{"rate", "bytes through one program at 1 Gbit/s: whether the gate keeps up, and its share of a processor", caseRate},
 		{"sftp", "put and get of one file", caseSFTP},
+		{"log", "what a core encodes, decodes and verifies of the log, and bytes of it for a minute at a prompt", caseLog},
+		{"list", "the auditor's list over many sessions", caseList},
 		{"audit", "what executed programs take with their audit and without it", caseAudit},
 		{"decision", "one decision of the policy, few grants and many", caseDecision},
 		{"idle", "memory, goroutines and descriptors by number of idle sessions", caseIdle},
@@ -139,7 +143,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	if o.list {
 		for _, c := range cases() {
-			fmt.Fprintf(stdout, "%-10s %s\n", c.name, c.what)
+			fmt.Fprintf(stdout, "%-16s %s\n", c.name, c.what)
 		}
 		return nil
 	}
@@ -206,7 +210,10 @@ type sizes struct {
 	burst    int   // logins at once
 	idle     []int // sessions
 	grants   []int
-	decision int // asked
+	decision int           // asked
+	logged   int64         // bytes of the session that is encoded and decoded
+	typed    time.Duration // how long is typed at a prompt
+	listed   int           // sessions that are listed
 
 	stream int64         // bytes of a transfer on the cluster
 	watch  time.Duration // how long requests of idle sessions are counted
@@ -214,9 +221,9 @@ type sizes struct {
 
 var (
 	full = sizes{bulk: 1 << 30, content: 256 << 20, file: 1 << 30, keys: 40, burst: 50, idle: []int{0, 20, 100},
-		grants: []int{10, 100_000}, decision: 2000, stream: 256 << 20, watch: 2 * time.Minute}
+		grants: []int{10, 100_000}, decision: 2000, logged: 256 << 20, typed: 20 * time.Second, listed: 100_000, stream: 256 << 20, watch: 2 * time.Minute}
 	small = sizes{bulk: 32 << 20, content: 16 << 20, file: 16 << 20, keys: 5, burst: 4, idle: []int{0, 2, 4},
-		grants: []int{10, 1000}, decision: 50, stream: 8 << 20, watch: 5 * time.Second}
+		grants: []int{10, 1000}, decision: 50, logged: 32 << 20, typed: 2 * time.Second, listed: 1000, stream: 8 << 20, watch: 5 * time.Second}
 )
 
 // bench is one run. What it made is undone by close, in reverse order.
@@ -252,8 +259,9 @@ func (b *bench) close() error {
 
 func (b *bench) say(format string, args ...any) { fmt.Fprintf(b.progress, "==> "+format+"\n", args...) }
 
-// slow is the number of rounds of the cases that take long.
-func (b *bench) slow() int { return max(1, b.rounds/5) }
+// fewer is the number of rounds of the cases that have many turns in a round, and slow that of those that take long.
+func (b *bench) fewer() int { return max(1, (b.rounds+1)/2) }
+func (b *bench) slow() int  { return max(1, b.rounds/5) }
 
 func (b *bench) setUp(ctx context.Context) (err error) {
 	if runtime.GOOS != "linux" {

@@ -1,0 +1,78 @@
+package auditlog_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/sallyport/sallyport/auditlog"
+)
+
+// Of segments with frames that no gate writes, two are read at the same time: who has one holds up a third until he has done with it,
+// or gives up, and nobody else.
+func TestLargeFrames(t *testing.T) {
+	store, dir := newStore(t)
+	l := openGate(t, fastConfig(t.TempDir()), store)
+	for i := range 3 {
+		r := l.New(fmt.Sprint("large", i))
+		login(t, r)
+		must(t, r.Begin())
+		must(t, r.Record(1, &auditlog.Request{Type: "exec", Command: make([]byte, 3<<20)}))
+		must(t, r.Record(1, &auditlog.Data{Data: []byte("x")}))
+		must(t, r.Close(&auditlog.End{Cause: "client-left"}))
+	}
+	closeLog(t, l)
+	m := load(t, dir)
+	var all []auditlog.Stored
+	for _, log := range logs(t, m, auditlog.SessionPrefix) {
+		all = append(all, log)
+	}
+	if len(all) != 3 {
+		t.Fatal(len(all))
+	}
+	// begin reads a log up to its large record, and to its end when it is let.
+	begin := func(ctx context.Context, log auditlog.Stored, within chan<- error, end <-chan bool) {
+		r := auditlog.NewSessionReader(m, log, testPublic())
+		told := false
+		for rec := range r.Records(ctx) {
+			if b, ok := rec.Body.(*auditlog.Request); ok && len(b.Command) > 2<<20 {
+				within <- nil
+				told = true
+				if !<-end {
+					return
+				}
+			}
+		}
+		if !told {
+			within <- errors.Join(errors.New("no large record"), r.Err())
+		}
+	}
+	within, end := make(chan error, 3), make(chan bool)
+	go begin(t.Context(), all[0], within, end)
+	go begin(t.Context(), all[1], within, end)
+	for range 2 {
+		must(t, <-within)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	third := make(chan error, 1)
+	go begin(ctx, all[2], third, end)
+	select {
+	case err := <-third:
+		t.Fatalf("a third was read beside two: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	cancel()
+	if err := <-third; !errors.Is(err, context.Canceled) {
+		t.Errorf("who waits for its turn does not give up: %v", err)
+	}
+	go begin(t.Context(), all[2], within, end)
+	end <- false // one leaves in the middle
+	must(t, <-within)
+	end <- true
+	end <- true
+	if r := auditlog.NewSessionReader(m, all[0], testPublic()).Verify(t.Context()); r.State != auditlog.Sealed {
+		t.Errorf("%+v", r)
+	}
+}
