@@ -235,9 +235,9 @@ type chain struct {
 	footer      Footer // of the newest segment that has one
 }
 
-// largeFrames has room for as many segments as may hold frames that no gate writes at the same time. With the records in it, one
+// largeFrames has room for as many segments as may hold frames that no gate writes at the same time: one. With its records, that
 // takes some 50 MiB, and sessions are read side by side. Who reads records must not read another session for each.
-var largeFrames = make(chan struct{}, 2)
+var largeFrames = make(chan struct{}, 1)
 
 // segment reads one segment; false if the caller has enough.
 func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield func(Record) bool) bool {
