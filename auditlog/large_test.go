@@ -25,10 +25,7 @@ func TestLargeFrames(t *testing.T) {
 	}
 	closeLog(t, l)
 	m := load(t, dir)
-	var all []auditlog.Stored
-	for _, log := range logs(t, m, auditlog.SessionPrefix) {
-		all = append(all, log)
-	}
+	all := logs(t, m, auditlog.SessionPrefix)
 	if len(all) != 3 {
 		t.Fatal(len(all))
 	}
