@@ -36,6 +36,7 @@ const (
 
 const (
 	tellTime     = time.Second      // for the last words on the terminals
+	partTime     = time.Second      // for the client to leave after them
 	closeTimeout = 30 * time.Second // for a sandbox's removal
 	finishTime   = 15 * time.Second // for the connection's goroutines
 	failedGrace  = 2 * time.Second  // for channels to report a failed start, or a sandbox's end
@@ -81,6 +82,7 @@ type conn struct {
 	changed chan struct{} // has a value after the decision changed: see narrowed
 
 	choice      *choice       // of the sandbox's target; nil: it has none
+	left        chan struct{} // closed when the client has left
 	sandboxDone chan struct{} // closed when the start has ended; then sandbox or sandboxErr is set
 	sandbox     backends.Sandbox
 	sandboxErr  error
@@ -102,7 +104,7 @@ func newConn(s *Server, nc net.Conn, source netip.Addr) *conn {
 	c := &conn{
 		s: s, id: newID(now), nc: newBatchConn(nc), source: source, started: now, waiting: true,
 		limit: rate.NewLimiter(requestRate, requestBurst), opens: rate.NewLimiter(requestRate, requestBurst),
-		changed: make(chan struct{}, 1), sessions: map[uint32]*session{}, forwards: map[uint32]*forward{}, listeners: map[*listener]bool{},
+		changed: make(chan struct{}, 1), left: make(chan struct{}), sessions: map[uint32]*session{}, forwards: map[uint32]*forward{}, listeners: map[*listener]bool{},
 	}
 	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
 	c.rec = s.Log.New(c.id)
@@ -236,6 +238,7 @@ func (c *conn) serve(channels <-chan ssh.NewChannel, requests <-chan *ssh.Reques
 	c.spawn(c.narrowed)
 	c.spawn(func() {
 		err := c.sc.Wait()
+		close(c.left)
 		why := &cause{word: "client-left"}
 		if err != nil && !gone(err) && !strings.Contains(err.Error(), "disconnect, reason 11") { // by application
 			why.detail = errors.New(authz.Printable(err.Error(), 300))
@@ -771,6 +774,21 @@ func (c *conn) identify(wait func(context.Context) string, rec auditlog.Sandbox)
 	c.record(0, &rec)
 }
 
+// part lets the client read the last words. A connection that is closed while something lies unread in it is reset, and a client
+// loses with that what it has not read (RFC 9293, section 3.10.7; RFC 2525, section 2.17). So the gate's side ends first.
+func (c *conn) part() {
+	half, ok := c.nc.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		return
+	}
+	timer := time.NewTimer(partTime)
+	defer timer.Stop()
+	select {
+	case <-c.left:
+	case <-timer.C:
+	}
+}
+
 // finish is the one place where a connection ends.
 func (c *conn) finish() {
 	c.end(&cause{word: "client-left"}) // only if there is no cause yet
@@ -780,6 +798,7 @@ func (c *conn) finish() {
 	}
 	if c.sc != nil {
 		c.each(func(s *session) { s.farewell(why) })
+		c.part()
 		c.sc.Close()
 	}
 	c.nc.Close()

@@ -295,12 +295,14 @@ func (s *session) run(p backends.Process) {
 	sb, err := s.c.ready(s.ctx)
 	if err != nil {
 		s.fail(&UserError{Text: startFailure(err), Err: err})
+		s.lastWords()
 		s.exit(failed(err))
 		return
 	}
 	select { // a command after ssh -R may count on the listener
 	case <-s.before:
 	case <-s.ctx.Done():
+		s.lastWords()
 		s.exit(failed(context.Cause(s.ctx)))
 		return
 	}
@@ -347,12 +349,11 @@ func (s *session) run(p backends.Process) {
 	if files != nil {
 		files.finish()
 	}
+	s.lastWords() // a program that lost its client's bytes may end before finish has said why
+	// Only now: finish waits for the farewells of those that run, and then closes the connection.
 	s.c.mu.Lock()
 	s.running = false
 	s.c.mu.Unlock()
-	if s.c.ctx.Err() != nil { // a program that lost its client's bytes may end before finish has said why
-		s.farewell(endCause(context.Cause(s.c.ctx)))
-	}
 	switch {
 	case err == nil:
 		s.exit(auditlog.Exit{Code: uint32(status.Code), Signal: status.Signal, Core: status.CoreDumped})
@@ -443,6 +444,13 @@ func (s *session) fail(err error) {
 		} else {
 			io.WriteString(s.ch.Stderr(), text)
 		}
+	}
+}
+
+// lastWords is farewell if the connection ends.
+func (s *session) lastWords() {
+	if s.c.ctx.Err() != nil {
+		s.farewell(endCause(context.Cause(s.c.ctx)))
 	}
 }
 

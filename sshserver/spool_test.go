@@ -56,6 +56,7 @@ func TestSpoolLimit(t *testing.T) {
 	const text = "this session ends: the session can't be recorded any more and ends"
 	terminal, plain := &syncBuffer{}, &syncBuffer{}
 	ended := make(chan error, 2)
+	var begin []io.Writer
 	for _, pty := range []bool{true, false} {
 		s, err := g.dial("alice").NewSession()
 		if err != nil {
@@ -68,10 +69,23 @@ func TestSpoolLimit(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := s.Start("while :; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; done"); err != nil {
+		in, err := s.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		begin = append(begin, in)
+		if !pty {
+			s.Stdout = plain
+		}
+		if err := s.Start("echo begun; read go; while :; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; done"); err != nil {
 			t.Fatal(err)
 		}
 		go func() { ended <- s.Wait() }()
+	}
+	// Both run before one fills the spool.
+	until(t, func() bool { return strings.Contains(terminal.String(), "begun") && strings.Contains(plain.String(), "begun") })
+	for _, in := range begin {
+		io.WriteString(in, "\n")
 	}
 	for range 2 {
 		select {
