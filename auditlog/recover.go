@@ -91,6 +91,9 @@ func (l *Log) readSpool(start bool) ([]spoolFile, error) {
 	return files, nil
 }
 
+// badSuffix ends the name of a file that was moved aside.
+const badSuffix = ".bad"
+
 var suffixes = []string{openSuffix, sealedSuffix, objectSuffix}
 
 func parseSpoolName(name string) (spoolFile, bool) {
@@ -182,7 +185,7 @@ func (l *Log) recoverLog(files []spoolFile, by string) error {
 			}
 		case !s.whole || s.header.ID != f.id || s.header.Number != f.number:
 			l.log.Error("audit log: spool holds a file that is no segment; moved aside", "file", f.path(dir))
-			if err := l.disk.Rename(f.path(dir), f.path(dir)+".bad"); err != nil {
+			if err := l.disk.Rename(f.path(dir), f.path(dir)+badSuffix); err != nil {
 				return err
 			}
 		case s.footer != nil:
@@ -263,11 +266,16 @@ func (l *Log) sealOpen(file spoolFile, s scan, by string) error {
 	if err == nil {
 		err = l.sealInterrupted(w, s.ended, by)
 	}
-	l.used.Add(w.size - file.size)
+	size := w.size
 	if err != nil {
 		f.Close() // the error that counts is here already
 		l.sealLater(file.id, w.unsound)
+		size = file.size
+		if info, serr := os.Stat(file.path(l.cfg.Spool)); serr == nil {
+			size = info.Size() // it may not be cut, and have a part of what could not be written
+		}
 	}
+	l.used.Add(size - file.size)
 	return err
 }
 
