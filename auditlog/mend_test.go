@@ -3,6 +3,7 @@ package auditlog_test
 import (
 	"bytes"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -124,4 +125,94 @@ func TestNotClosedAside(t *testing.T) {
 	if !closed() {
 		t.Error("not closed, with nothing in the spool")
 	}
+}
+
+// A session's end is in its log's last segment: were that one empty, who seals it after a crash could not tell that the session has
+// ended.
+func TestEndInLastSegment(t *testing.T) {
+	store, dir := newStore(t)
+	cfg := fastConfig(t.TempDir())
+	cfg.SegmentAge, cfg.SyncInterval = 10*time.Millisecond, 10*time.Second
+	l := openGate(t, cfg, store)
+	r := l.New("s1")
+	login(t, r)
+	must(t, r.Begin())
+	must(t, r.Record(1, numbered(0, 100)))
+	time.Sleep(5 * cfg.SegmentAge) // the segment that gets it is due when it is written
+	must(t, r.Close(&auditlog.End{Cause: "client-left"}))
+	closeLog(t, l)
+	src := source(t, dir)
+	log := logs(t, src, auditlog.SessionPrefix)[0]
+	f, err := src.Open(t.Context(), log.Segments[len(log.Segments)-1].Name)
+	must(t, err)
+	defer f.Close()
+	s, err := auditlog.NewSegmentReader(f)
+	must(t, err)
+	var last auditlog.Record
+	for {
+		rec, err := s.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		must(t, err)
+		last = rec
+	}
+	if _, ok := last.Body.(*auditlog.End); !ok {
+		t.Errorf("its last record is %+v", last)
+	}
+}
+
+// tornDisk writes half of a segment's header, and removes nothing.
+type tornDisk struct {
+	auditlog.OSDisk
+	torn atomic.Bool
+}
+
+func (d *tornDisk) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskFile, error) {
+	f, err := d.OSDisk.OpenFile(name, flag, perm)
+	if err == nil && d.torn.Load() && strings.HasSuffix(name, ".part") {
+		f = tornFile{f}
+	}
+	return f, err
+}
+
+func (d *tornDisk) Remove(name string) error {
+	if d.torn.Load() && strings.HasSuffix(name, ".part") {
+		return syscall.EIO
+	}
+	return d.OSDisk.Remove(name)
+}
+
+type tornFile struct{ auditlog.DiskFile }
+
+func (f tornFile) Write(b []byte) (int, error) {
+	n, err := f.DiskFile.Write(b[:len(b)/2])
+	return n, errors.Join(err, syscall.ENOSPC)
+}
+
+// A segment's file that could neither be written nor removed is removed when the disk takes files again, and counts until then.
+func TestTornBegin(t *testing.T) {
+	d := &tornDisk{}
+	store, _ := newStore(t)
+	cfg := endConfig(t.TempDir())
+	l, err := auditlog.OpenOn(t.Context(), d, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+	must(t, err)
+	d.torn.Store(true)
+	r := l.New("s1")
+	if err := r.Begin(); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	must(t, r.Close(&auditlog.End{Cause: "refused"}))
+	info, err := os.Stat(filepath.Join(cfg.Spool, "s1.00000000.part"))
+	must(t, err)
+	if used := l.Stats().SpoolBytes; used <= info.Size() {
+		t.Errorf("%d bytes count as used, and a file of %d is there", used, info.Size())
+	}
+	d.torn.Store(false)
+	must(t, l.Ready())
+	waitFor(t, func() bool { return l.Stats().SpoolBytes == 0 })
+	if _, err := os.Stat(filepath.Join(cfg.Spool, "s1.00000000.part")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("left: %v", err)
+	}
+	closeLog(t, l)
 }

@@ -139,7 +139,7 @@ func (l *Log) recover(ctx context.Context) error {
 		}
 	}
 	// Queued only now that all names are durable.
-	l.uploads.overflow = true
+	l.uploads.lookAgain() // locked: the index's segments may be added already
 	l.uploads.rescan()
 	return nil
 }
@@ -266,16 +266,12 @@ func (l *Log) sealOpen(file spoolFile, s scan, by string) error {
 	if err == nil {
 		err = l.sealInterrupted(w, s.ended, by)
 	}
-	size := w.size
+	l.used.Add(w.size - file.size)
 	if err != nil {
 		f.Close() // the error that counts is here already
+		l.countTorn(w)
 		l.sealLater(file.id, w.unsound)
-		size = file.size
-		if info, serr := os.Stat(file.path(l.cfg.Spool)); serr == nil {
-			size = info.Size() // it may not be cut, and have a part of what could not be written
-		}
 	}
-	l.used.Add(size - file.size)
 	return err
 }
 
@@ -294,13 +290,16 @@ func (l *Log) sealAfter(before spoolFile, by string) error {
 	}
 	old := segmentWriter{header: s.header, next: s.next}
 	w, err := createSegment(l.disk, l.cfg.Spool, old.following(s.hash, l.wall()))
-	if err != nil {
+	if w == nil {
 		return err
 	}
-	err = l.sealInterrupted(w, s.ended, by)
+	if err == nil {
+		err = l.sealInterrupted(w, s.ended, by)
+	}
 	l.used.Add(w.size + fileOverhead)
 	if err != nil {
 		w.f.Close() // the error that counts is here already
+		l.countTorn(w)
 		l.sealLater(before.id, w.unsound)
 	}
 	return err
