@@ -216,3 +216,33 @@ func TestTornBegin(t *testing.T) {
 	}
 	closeLog(t, l)
 }
+
+// noRename gives some files no other name.
+type noRename struct {
+	auditlog.OSDisk
+	suffix string
+	fails  atomic.Int32
+}
+
+func (d *noRename) Rename(from, to string) error {
+	if strings.HasSuffix(to, d.suffix) && d.fails.Add(-1) >= 0 {
+		return syscall.EIO
+	}
+	return d.OSDisk.Rename(from, to)
+}
+
+// An object that can't be brought into the spool does not count there.
+func TestObjectFailsUsed(t *testing.T) {
+	d := &noRename{suffix: ".obj"}
+	d.fails.Store(2) // the key and the first checkpoint
+	store, _ := newStore(t)
+	cfg := endConfig(t.TempDir())
+	cfg.Tree = filepath.Join(t.TempDir(), "tree")
+	l, err := auditlog.OpenOn(t.Context(), d, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+	must(t, err)
+	waitFor(t, func() bool { return d.fails.Load() <= 0 })
+	closeLog(t, l)
+	if used := l.Stats().SpoolBytes; used != 0 || d.fails.Load() >= 0 {
+		t.Errorf("%d bytes count as used in an empty spool", used)
+	}
+}

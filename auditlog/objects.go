@@ -204,12 +204,17 @@ func (l *Log) putObject(file string, o tlog.Object) error {
 		return err
 	}
 	_, err = os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		l.used.Add(int64(len(o.Name)+1+len(o.Bytes)) + fileOverhead)
-	} else if err != nil {
+	added := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !added {
 		return err
 	}
-	return l.disk.Rename(unfinished, path)
+	if err := l.disk.Rename(unfinished, path); err != nil {
+		return err
+	}
+	if added {
+		l.used.Add(int64(len(o.Name)+1+len(o.Bytes)) + fileOverhead)
+	}
+	return nil
 }
 
 // object reads the name of an object in the spool.
