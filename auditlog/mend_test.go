@@ -50,7 +50,8 @@ func (f lookedAtFile) Sync() error {
 func TestProbeLookedAt(t *testing.T) {
 	d := &lookedAt{}
 	store, _ := newStore(t)
-	l, err := auditlog.OpenOn(t.Context(), d, endConfig(t.TempDir()), testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+	cfg := endConfig(t.TempDir())
+	l, err := auditlog.OpenOn(t.Context(), d, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
 	must(t, err)
 	defer closeLog(t, l)
 	d.full.Store(true)
@@ -99,7 +100,8 @@ func TestMendFailsUsed(t *testing.T) {
 	}
 }
 
-// A transparency log is not closed while the spool has a file that was moved aside: it may be of a log, and the store does not have it.
+// A transparency log is not closed while the spool has a file that was moved aside: it may be of a log that the store does not
+// have.
 func TestNotClosedAside(t *testing.T) {
 	cfg := endConfig(t.TempDir())
 	cfg.Tree = filepath.Join(t.TempDir(), "tree")
@@ -127,8 +129,8 @@ func TestNotClosedAside(t *testing.T) {
 	}
 }
 
-// A session's end is in its log's last segment: were that one empty, who seals it after a crash could not tell that the session has
-// ended.
+// A session's end is in its log's last segment: were that one empty, who seals it after a crash could not tell that the session
+// has ended.
 func TestEndInLastSegment(t *testing.T) {
 	store, dir := newStore(t)
 	cfg := fastConfig(t.TempDir())
@@ -190,7 +192,8 @@ func (f tornFile) Write(b []byte) (int, error) {
 	return n, errors.Join(err, syscall.ENOSPC)
 }
 
-// A segment's file that could neither be written nor removed is removed when the disk takes files again, and counts until then.
+// A segment's file that could neither be written nor removed is removed when the disk takes files again, and counts until
+// then.
 func TestTornBegin(t *testing.T) {
 	d := &tornDisk{}
 	store, _ := newStore(t)

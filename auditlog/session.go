@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"slices"
 	"strings"
@@ -144,6 +145,7 @@ type SessionReader struct {
 	keys   []ed25519.PublicKey
 	head   *Header // of the first segment read
 	err    error
+	unread int // problems that are errors of the source
 }
 
 // NewSessionReader reads a log that Logs found. With keys, every segment must be signed by one of them; without, by the
@@ -233,9 +235,9 @@ type chain struct {
 	footer      Footer // of the newest segment that has one
 }
 
-// largeFrames has room for as many segments as may hold frames that no gate writes at the same time. With the records in it, one
+// largeFrames has room for as many segments as may hold frames that no gate writes at the same time: one. With its records, that
 // takes some 50 MiB, and sessions are read side by side. Who reads records must not read another session for each.
-var largeFrames = make(chan struct{}, 2)
+var largeFrames = make(chan struct{}, 1)
 
 // segment reads one segment; false if the caller has enough.
 func (r *SessionReader) segment(ctx context.Context, o Object, n Name, yield func(Record) bool) bool {
@@ -377,6 +379,7 @@ func (r *SessionReader) damaged(name string, err error) {
 		if d.Cause != nil {
 			what += ": " + d.Cause.Error()
 			r.fail(name, d.Cause)
+			r.unread++
 		}
 		r.problem(name, d.Offset, "%s", what)
 		return
@@ -386,6 +389,9 @@ func (r *SessionReader) damaged(name string, err error) {
 
 func (r *SessionReader) unreadable(name string, err error) {
 	r.fail(name, err)
+	if !errors.Is(err, fs.ErrNotExist) {
+		r.unread++
+	}
 	r.problem(name, 0, "can't be read: %v", err)
 	r.chain.broken = true
 }
@@ -407,6 +413,12 @@ func (r *SessionReader) problem(name string, offset int64, format string, args .
 
 // Report is the verdict, after Records came to its end.
 func (r *SessionReader) Report() Report { return r.report }
+
+// OnlyUnread says that all problems of the report are errors of the source: what could be read is intact. An object that is gone
+// is none of these.
+func (r *SessionReader) OnlyUnread() bool {
+	return r.unread > 0 && r.unread == len(r.report.Problems)+r.report.More
+}
 
 // Err is the first error of the source, as against one of the log: the report then speaks of what could be had.
 func (r *SessionReader) Err() error { return r.err }

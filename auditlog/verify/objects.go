@@ -27,13 +27,16 @@ func duplicates(ctx context.Context, v *Run, prefix string) error {
 		}
 		kept, err := contentHash(ctx, v.Source, o.Name)
 		if err != nil {
-			return err
+			if err := v.notRead(ctx, err); err != nil {
+				return err
+			}
+			continue
 		}
 		there, err := contentHash(ctx, v.Source, name)
 		gone := errors.Is(err, fs.ErrNotExist)
 		switch {
 		case err != nil && !gone:
-			return err
+			err = v.notRead(ctx, err)
 		case kept != sum:
 			err = v.Wrong(o.Name, "is not what was put under this name")
 		case gone:
@@ -70,7 +73,10 @@ func keys(ctx context.Context, v *Run, prefix string) error {
 		}
 		b, err := read(ctx, v.Source, o.Name, 64<<10)
 		if err != nil {
-			return err
+			if err := v.notRead(ctx, err); err != nil {
+				return err
+			}
+			continue
 		}
 		gate, _, ok := strings.Cut(strings.TrimPrefix(o.Name, prefix), "/")
 		pub, err := auditlog.ParsePublicKeys(b)
@@ -95,7 +101,10 @@ func checks(ctx context.Context, v *Run, prefix string) error {
 		}
 		b, err := read(ctx, v.Source, o.Name, 1<<10)
 		if err != nil {
-			return err
+			if err := v.notRead(ctx, err); err != nil {
+				return err
+			}
+			continue
 		}
 		if string(b) != auditlog.CheckText {
 			v.Foreign(o.Name)

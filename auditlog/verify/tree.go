@@ -79,7 +79,9 @@ func (v *Run) readTrees(ctx context.Context, prefix string) error {
 			o.b, o.err = read(ctx, v.Source, o.name, tlog.MaxCheckpointBytes)
 		}
 		if o.err != nil {
-			return o.err
+			if err := v.notRead(ctx, o.err); err != nil {
+				return err
+			}
 		}
 		if o.bad != nil {
 			return v.problem(o.name, "is not the name of an object of a transparency log")
@@ -90,7 +92,9 @@ func (v *Run) readTrees(ctx context.Context, prefix string) error {
 			}
 			cur = v.newTree(o.n)
 		}
-		if o.n.Kind == tlog.KindCheckpoint {
+		if o.err != nil {
+			cur.notRead(o.name, o.n)
+		} else if o.n.Kind == tlog.KindCheckpoint {
 			cur.checkpoint(ctx, o.name, uint32(o.n.Number), o.b)
 		} else {
 			cur.tile(o.name, o.n, o.b)
@@ -138,13 +142,29 @@ func (t *tree) wrong(object, format string, args ...any) {
 	t.report.Problems = append(t.report.Problems, auditlog.Problem{Segment: object, What: fmt.Sprintf(format, args...)})
 }
 
-// checkpoint takes the next one, in the order of their names.
-func (t *tree) checkpoint(ctx context.Context, name string, number uint32, b []byte) {
+// inOrder takes the number of the next checkpoint, in the order of their names.
+func (t *tree) inOrder(name string, number uint32) {
 	t.report.Checkpoints++
 	if number > t.next {
 		t.wrong(name, "%s missing before it", count("checkpoint", int64(t.next), int64(number)-1))
 	}
 	t.next = number + 1
+}
+
+// notRead takes an object that is there, and can't be read.
+func (t *tree) notRead(name string, n tlog.Name) {
+	t.report.Unread = true
+	if n.Kind == tlog.KindCheckpoint {
+		t.inOrder(name, uint32(n.Number))
+	} else if want, ok := t.tiles[name]; ok {
+		want.there = true
+		t.tiles[name] = want
+	}
+}
+
+// checkpoint takes the next one.
+func (t *tree) checkpoint(ctx context.Context, name string, number uint32, b []byte) {
+	t.inOrder(name, number)
 	c, err := tlog.ParseCheckpoint(b)
 	switch {
 	case err != nil:
@@ -171,8 +191,11 @@ func (t *tree) checkpoint(ctx context.Context, name string, number uint32, b []b
 		t.broken = true
 	case c.Old > t.tree.Size:
 		if !t.fill(ctx, c) {
-			t.wrong(name, "%s before it are missing: what follows can't be proven", count("leaf", t.tree.Size, c.Old-1))
 			t.broken = true
+			if t.report.Unread {
+				break // told: without that nothing can be said
+			}
+			t.wrong(name, "%s before it are missing: what follows can't be proven", count("leaf", t.tree.Size, c.Old-1))
 		}
 	default:
 		for _, e := range c.Entries {
@@ -333,6 +356,7 @@ func (t *tree) end() error {
 	}
 	for _, c := range t.since {
 		switch {
+		case t.report.Unread: // told: it may be in what could not be read
 		case c.Size > t.report.Size:
 			t.wrong(t.prefix, "ends with %d leaves, where the kept checkpoint has %d: its newest objects were taken away", t.report.Size, c.Size)
 		case c.Number >= t.next:

@@ -75,7 +75,8 @@ type Tree struct {
 	End         End                `json:"end"`
 	Age         time.Duration      `json:"-"` // of the newest checkpoint when its log was looked for; negative: it is of the future
 	Keys        []string           `json:"keys"`
-	Note        []byte             `json:"note,omitempty"` // the newest checkpoint, to keep elsewhere
+	Note        []byte             `json:"note,omitempty"`   // the newest checkpoint, to keep elsewhere
+	Unread      bool               `json:"unread,omitempty"` // an object of it could not be read, which says nothing against it
 	Problems    []auditlog.Problem `json:"problems,omitempty"`
 	More        int                `json:"more_problems,omitempty"`
 }
@@ -104,6 +105,11 @@ type Summary struct {
 	Locked    int                    `json:"locked"`     // logs that are encrypted, and to none of the identities: their content was not looked at
 	Skipped   int64                  `json:"skipped"`    // entries of the index that were not held against their logs, as there were too many
 	Foreign   int                    `json:"foreign"`    // objects that are not a gate's
+	// Unread counts the objects and logs that could not be read, at least in part, though they are there: of these nothing is known,
+	// and nothing is known against them. UnreadErr is the first of their errors.
+	Unread    int   `json:"unread"`
+	UnreadErr error `json:"-"`
+	unread    int   // logs that are told as damaged for nothing else
 	// Problems are all that are not a log's own; those of trees and missing logs are among them.
 	Problems int       `json:"problems"`
 	Unpinned bool      `json:"unpinned"`
@@ -123,8 +129,8 @@ func (s Summary) Total() int {
 	return n
 }
 
-// Damaged says whether anything is wrong.
-func (s Summary) Damaged() bool { return s.Logs[auditlog.Damaged] > 0 || s.Problems > 0 }
+// Damaged says whether anything is wrong. What could not be read is not known to be.
+func (s Summary) Damaged() bool { return s.Logs[auditlog.Damaged] > s.unread || s.Problems > 0 }
 
 // Unsealed says whether anything has no end yet, or is in no checkpoint yet.
 func (s Summary) Unsealed() bool { return s.Logs[auditlog.Live] > 0 || s.Waiting > 0 }
@@ -150,7 +156,6 @@ type Run struct {
 	trees  map[string]*tree // by origin
 	leaves leaves
 	index  entries
-	unread error // the first of the source, of an object of a log
 	count  struct {
 		sync.Mutex
 		objects int
@@ -245,7 +250,7 @@ func (v *Run) treesOf(ctx context.Context, stored auditlog.Stored) string {
 
 func (v *Run) done(ctx context.Context, err error) (Summary, error) {
 	if err == nil {
-		err = errors.Join(context.Cause(ctx), v.unread)
+		err = context.Cause(ctx)
 	}
 	v.Summary.Objects, v.Summary.Bytes = v.count.objects, v.count.bytes
 	v.Summary.Unpinned, v.Summary.Skipped = len(v.Options.Keys) == 0, v.index.skipped.Load()
@@ -302,6 +307,7 @@ type checked struct {
 	says   []entry   // if it is an index
 	told   []entry   // if it is a session's log: those of it that do not fit
 	unread error     // of the source
+	only   bool      // nothing else is wrong with it
 	err    error
 }
 
@@ -322,15 +328,20 @@ func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) e
 			c.leaf, c.err = leaf.Encode()
 		}
 		if err := r.Err(); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, auditlog.ErrLocked) {
-			c.unread = err
+			c.unread, c.only = err, r.OnlyUnread()
 		}
 		return c
 	}, func(c checked) error {
 		if c.err != nil {
 			return c.err
 		}
-		if v.unread == nil {
-			v.unread = c.unread
+		if c.unread != nil {
+			if err := v.notRead(ctx, c.unread); err != nil {
+				return err
+			}
+		}
+		if c.only {
+			v.Summary.unread++
 		}
 		v.compare(&c)
 		v.Summary.Logs[c.report.State]++
@@ -372,6 +383,7 @@ func (v *Run) compare(c *checked) {
 		v.Summary.Outside++
 	case v.waits(c):
 		v.Summary.Waiting++
+	case v.trees[c.origin] != nil && v.trees[c.origin].report.Unread: // its leaf may be in what could not be read
 	case v.trees[c.origin] == nil:
 		damaged("its transparency log %q is not in the store", c.origin)
 	case v.ahead(c.end):
@@ -427,6 +439,24 @@ func (v *Run) recent(at time.Time) bool { return !v.ahead(at) && v.began.Sub(at)
 
 // ahead says whether a time lies in the future, by more than clocks may be apart.
 func (v *Run) ahead(at time.Time) bool { return at.After(v.Options.Now().Add(skew)) }
+
+// maxUnread is how many objects are tried before the source counts as away.
+const maxUnread = 10_000
+
+// notRead notes that an object can't be read. The rest is looked at all the same: one such object must not hide what is wrong with
+// others.
+func (v *Run) notRead(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if v.Summary.Unread++; v.Summary.UnreadErr == nil {
+		v.Summary.UnreadErr = err
+	}
+	if v.Summary.Unread == maxUnread {
+		return fmt.Errorf("%d objects can't be read, the first: %w", maxUnread, v.Summary.UnreadErr)
+	}
+	return nil
+}
 
 // problem tells of one that is no log's.
 func (v *Run) problem(object string, format string, args ...any) error {

@@ -48,6 +48,11 @@ func TestVerifyExitCodes(t *testing.T) {
 		must(os.Remove(names[len(names)-1]))
 	}
 	old := func(dir string) { beatAt(t, dir, time.Now().Add(-2*time.Hour)) }
+	link := func(dir string) {
+		name := segment(dir, "s2")
+		must(os.Remove(name))
+		must(os.Symlink(os.DevNull, name))
+	}
 	damage := func(dir string) {
 		edit(segment(dir, "s1"), func(b []byte) []byte { b[len(b)/2] ^= 1; return b })
 	}
@@ -70,6 +75,8 @@ func TestVerifyExitCodes(t *testing.T) {
 		{"no key file", nil, []string{"--key", "none"}, 1, "no such file"},
 		{"no kept checkpoint", nil, []string{"--since", "none"}, 1, "no such file"},
 		{"no identity", nil, []string{"--identity", "none"}, 1, "no such file"},
+		{"a segment that can't be read", link, nil, 1, "not all was verified: read sessions/"},
+		{"a segment that can't be read, and damage", func(dir string) { link(dir); damage(dir) }, nil, 2, "escapes"},
 		{"nothing there", func(dir string) { must(os.RemoveAll(dir)); must(os.Mkdir(dir, 0o700)) }, nil, 1, "there is no log in"},
 		{"a store that is not there", func(dir string) { must(os.RemoveAll(dir)) }, nil, 1, "no such file"},
 		{"a session that is not there", nil, []string{"--store", whole}, 1, "is not there"},
@@ -125,7 +132,7 @@ func TestVerifyExitCodes(t *testing.T) {
 		if code != c.code || !strings.Contains(out+errs, c.want) {
 			t.Errorf("%s: code %d, want %d and %q\n%s%s", c.what, code, c.code, c.want, out, errs)
 		}
-		if c.code == 1 && strings.Contains(out, "logs: ") && !strings.Contains(errs, "there is no log") {
+		if c.code == 1 && strings.Contains(out, "logs: ") && !strings.Contains(out, "could not be read") && !strings.Contains(errs, "there is no log") {
 			t.Errorf("%s: a verdict, where none could be found out\n%s", c.what, out)
 		}
 	}

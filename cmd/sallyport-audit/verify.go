@@ -68,10 +68,10 @@ name the gates that must be alive (--gate).
 
 Where old logs are deleted, as an expiry rule does, --from names the first day from which they must be there.
 
-Exit codes: 0 all is intact; 1 it could not be found out (usage, a store that can't be read, nothing there, with --identity: content that
+Exit codes: 0 all is intact; 1 it could not be found out (usage, a store or an object that can't be read, nothing there, with --identity: content that
 it does not open); 2 something is altered, cut, out of order, missing or signed by an unknown key; 3 with --sealed: a log has no end
 yet, or no checkpoint has it; 4 with --live: the newest checkpoint is too old, or of the future, and with --live or --closed: a
-transparency log neither goes on nor was closed. Of several, 2 comes before 4, 4 before 3, and 3 before 1.`,
+transparency log neither goes on nor was closed. Of several, 2 comes first, then what can't be read, 4, 3, and content that is not opened.`,
 		Example: `  sallyport-audit verify /mnt/evidence --key gate.pub
   sallyport-audit verify latest
   sallyport-audit verify s3://evidence/gate-1 --day 2026-11-24 --sealed --quiet
@@ -184,6 +184,9 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 	if sum.Damaged() {
 		return errDamaged
 	}
+	if sum.Unread > 0 {
+		return unreadError(sum)
+	}
 	if all && sum.Total() == 0 && len(sum.Trees) == 0 {
 		return fmt.Errorf("there is no log in %s", store)
 	}
@@ -202,6 +205,14 @@ func (o verifyOptions) verdict(sum verify.Summary, all bool, store string) error
 		return fmt.Errorf("the content of %d logs was not checked: they are encrypted, and none of the identities given is a recipient", sum.Locked)
 	}
 	return nil
+}
+
+// unreadError says that a store could not be read whole.
+func unreadError(sum verify.Summary) error {
+	if sum.Unread == 1 {
+		return fmt.Errorf("not all was verified: %w", sum.UnreadErr)
+	}
+	return fmt.Errorf("not all was verified: %d objects or logs can't be read, the first: %w", sum.Unread, sum.UnreadErr)
 }
 
 // openText names the transparency logs whose end may be missing.
@@ -282,8 +293,11 @@ func (t *tool) printTree(out io.Writer, tr verify.Tree) error {
 		}{"transparency-log", tr})
 	}
 	state := "intact"
-	if len(tr.Problems) > 0 {
+	switch {
+	case len(tr.Problems) > 0:
 		state = "damaged"
+	case tr.Unread:
+		state = "not read"
 	}
 	newest := "no checkpoint"
 	if !tr.Newest.IsZero() {
@@ -329,6 +343,8 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 			fmt.Fprintf(&b, "%d %s\n", n, more)
 		}
 	}
+	note(sum.Unread, "object or log could not be read: that says nothing against it, and nothing for it",
+		"objects or logs could not be read: that says nothing against them, and nothing for them")
 	note(sum.Missing, "log is missing", "logs are missing")
 	note(sum.Waiting, "sealed log is in no checkpoint yet", "sealed logs are in no checkpoint yet")
 	note(sum.Late, "log came into the transparency log more than an hour after its end: the store or the gate was away, or it was written later",
@@ -375,7 +391,7 @@ among them: of one that its gate did not close nothing else shows that its end w
 				return err
 			}
 			for _, tr := range sum.Trees {
-				if len(tr.Problems) > 0 {
+				if len(tr.Problems) > 0 || tr.Unread {
 					if err := t.printTree(c.ErrOrStderr(), tr); err != nil {
 						return err
 					}
@@ -388,6 +404,8 @@ among them: of one that its gate did not close nothing else shows that its end w
 			switch {
 			case sum.Damaged():
 				return errDamaged
+			case sum.Unread > 0:
+				return unreadError(sum)
 			case len(sum.Trees) == 0:
 				return errors.New("there is no transparency log")
 			}
