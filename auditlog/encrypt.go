@@ -91,11 +91,10 @@ func (l *Log) newSegment(h Header, plain bool) (*segmentWriter, error) {
 		return nil, fmt.Errorf("create segment: %w", err)
 	}
 	w, err := createSegment(l.disk, l.cfg.Spool, h)
-	if err != nil {
-		return nil, err
+	if w != nil {
+		w.cipher = c
 	}
-	w.cipher = c
-	return w, nil
+	return w, err
 }
 
 // wrapKey gives an age file (age-encryption.org/v1) that holds a segment's key.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -232,7 +233,11 @@ func (l *Log) probe() error {
 		return err
 	}
 	_, err = f.Write(make([]byte, fileOverhead))
-	return errors.Join(err, f.Sync(), f.Close(), l.disk.Remove(name))
+	err = errors.Join(err, f.Sync(), f.Close())
+	if rerr := l.disk.Remove(name); !errors.Is(rerr, fs.ErrNotExist) { // a look at the spool removes it, too
+		err = errors.Join(err, rerr)
+	}
+	return err
 }
 
 const probeSuffix = ".probe"

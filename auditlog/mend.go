@@ -118,6 +118,14 @@ func (l *Log) mendLog(files []spoolFile, unsound bool) error {
 	return l.recoverLog(files, byMend)
 }
 
+// countTorn counts what a segment's file has beside what was written to it for sure: a part of the write that failed, or what could
+// not be cut.
+func (l *Log) countTorn(w *segmentWriter) {
+	if info, err := os.Stat(w.f.Name()); err == nil {
+		l.used.Add(info.Size() - w.size)
+	}
+}
+
 // writeAnew puts a copy in a file's place. Linux forgets what it could not write at a sync, and says at the next one that all is well:
 // only what is written once more can be made durable.
 func (l *Log) writeAnew(path string) error {

@@ -135,10 +135,14 @@ func (l *Log) closeTree(ctx context.Context) error {
 	return err
 }
 
-// emptied says whether the spool holds no log any more, but objects at most.
+// emptied says whether the spool holds no log any more, but objects at most. What was moved aside may be of a log.
 func (l *Log) emptied() (bool, error) {
 	files, err := l.readSpool(false)
-	return err == nil && !slices.ContainsFunc(files, func(f spoolFile) bool { return f.suffix != objectSuffix }), err
+	if err != nil || slices.ContainsFunc(files, func(f spoolFile) bool { return f.suffix != objectSuffix }) {
+		return false, err
+	}
+	aside, err := fs.Glob(os.DirFS(l.cfg.Spool), "*"+badSuffix)
+	return err == nil && len(aside) == 0, err
 }
 
 // enter adds a log to the transparency log once its last segment is in the store. The segment is in the spool until its leaf is
@@ -200,12 +204,17 @@ func (l *Log) putObject(file string, o tlog.Object) error {
 		return err
 	}
 	_, err = os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		l.used.Add(int64(len(o.Name)+1+len(o.Bytes)) + fileOverhead)
-	} else if err != nil {
+	added := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !added {
 		return err
 	}
-	return l.disk.Rename(unfinished, path)
+	if err := l.disk.Rename(unfinished, path); err != nil {
+		return err
+	}
+	if added {
+		l.used.Add(int64(len(o.Name)+1+len(o.Bytes)) + fileOverhead)
+	}
+	return nil
 }
 
 // object reads the name of an object in the spool.

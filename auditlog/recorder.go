@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
 )
@@ -103,6 +102,7 @@ func (r *Recorder) Begin() error {
 		if r.w != nil { // nothing in it was promised to anybody
 			r.w.f.Close()
 			if r.log.disk.Remove(r.w.f.Name()) != nil {
+				r.log.countTorn(r.w)
 				r.log.sealLater(r.id, r.w.unsound)
 			} else {
 				r.log.used.Add(-r.w.size - fileOverhead)
@@ -121,12 +121,14 @@ func (r *Recorder) begin() error {
 		return err
 	}
 	w, err := l.newSegment(Header{Kind: r.kind, Gate: l.gate, ID: r.id, LogStart: r.start, Start: r.start}, r.open)
+	if w != nil {
+		r.w = w
+		l.used.Add(w.size + fileOverhead)
+	}
 	if err != nil {
 		l.spoolFailed(err)
 		return err
 	}
-	r.w = w
-	l.used.Add(w.size + fileOverhead)
 	l.queue.Add(int64(len(r.tail.b)))
 	if err := r.write(r.tail, false); err != nil {
 		return err
@@ -552,7 +554,8 @@ func (r *Recorder) flush() {
 		if err == nil && r.unsynced > 0 && (late || r.unsynced >= l.cfg.SyncBytes/2) {
 			err = r.sync()
 		}
-		if err == nil && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= r.segmentAge()) {
+		ended := closing && drained // the last segment has the end
+		if err == nil && !ended && r.w.records > 0 && (cut || r.w.size >= l.cfg.SegmentBytes || now.Sub(r.dirty) >= r.segmentAge()) {
 			if err = r.awaitSync(); err == nil {
 				err = r.cutSegment()
 			}
@@ -741,12 +744,16 @@ func (r *Recorder) cutSegment() error {
 		return err
 	}
 	next, err := l.newSegment(old.following(whole, now), r.open)
-	if err == nil {
+	if next != nil {
 		l.used.Add(next.size + fileOverhead)
+	}
+	if err == nil {
 		if err = next.sync(next.size); err != nil {
 			next.f.Close() // the error that counts is here already
 			old.unsound = true
 		}
+	} else if next != nil {
+		l.countTorn(next)
 	}
 	if err != nil {
 		l.spoolFailed(err)
@@ -792,9 +799,7 @@ func (r *Recorder) fail(err error) {
 		r.syncing = nil
 	}
 	r.w.f.Close() // the error that counts is here already
-	if info, err := os.Stat(r.w.f.Name()); err == nil {
-		r.log.used.Add(info.Size() - r.w.size) // a part of what could not be written
-	}
+	r.log.countTorn(r.w)
 	r.log.sealLater(r.id, r.w.unsound)
 	r.mu.Lock()
 	defer r.mu.Unlock()

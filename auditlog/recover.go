@@ -91,6 +91,9 @@ func (l *Log) readSpool(start bool) ([]spoolFile, error) {
 	return files, nil
 }
 
+// badSuffix ends the name of a file that was moved aside.
+const badSuffix = ".bad"
+
 var suffixes = []string{openSuffix, sealedSuffix, objectSuffix}
 
 func parseSpoolName(name string) (spoolFile, bool) {
@@ -136,7 +139,7 @@ func (l *Log) recover(ctx context.Context) error {
 		}
 	}
 	// Queued only now that all names are durable.
-	l.uploads.overflow = true
+	l.uploads.lookAgain() // locked: the index's segments may be added already
 	l.uploads.rescan()
 	return nil
 }
@@ -182,7 +185,7 @@ func (l *Log) recoverLog(files []spoolFile, by string) error {
 			}
 		case !s.whole || s.header.ID != f.id || s.header.Number != f.number:
 			l.log.Error("audit log: spool holds a file that is no segment; moved aside", "file", f.path(dir))
-			if err := l.disk.Rename(f.path(dir), f.path(dir)+".bad"); err != nil {
+			if err := l.disk.Rename(f.path(dir), f.path(dir)+badSuffix); err != nil {
 				return err
 			}
 		case s.footer != nil:
@@ -266,6 +269,7 @@ func (l *Log) sealOpen(file spoolFile, s scan, by string) error {
 	l.used.Add(w.size - file.size)
 	if err != nil {
 		f.Close() // the error that counts is here already
+		l.countTorn(w)
 		l.sealLater(file.id, w.unsound)
 	}
 	return err
@@ -286,13 +290,16 @@ func (l *Log) sealAfter(before spoolFile, by string) error {
 	}
 	old := segmentWriter{header: s.header, next: s.next}
 	w, err := createSegment(l.disk, l.cfg.Spool, old.following(s.hash, l.wall()))
-	if err != nil {
+	if w == nil {
 		return err
 	}
-	err = l.sealInterrupted(w, s.ended, by)
+	if err == nil {
+		err = l.sealInterrupted(w, s.ended, by)
+	}
 	l.used.Add(w.size + fileOverhead)
 	if err != nil {
 		w.f.Close() // the error that counts is here already
+		l.countTorn(w)
 		l.sealLater(before.id, w.unsound)
 	}
 	return err

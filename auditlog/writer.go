@@ -42,7 +42,8 @@ type segmentWriter struct {
 	unsound bool         // a sync failed: what the file gives back may not be on the disk
 }
 
-// createSegment makes a segment's file with its header. The caller syncs file and directory.
+// createSegment makes a segment's file with its header. The caller syncs file and directory. It gives a writer with an error if the
+// file could neither be written nor removed: it is closed, and stays in the spool.
 func createSegment(d disk, dir string, h Header) (*segmentWriter, error) {
 	b, err := h.encode()
 	if err != nil {
@@ -56,7 +57,11 @@ func createSegment(d disk, dir string, h Header) (*segmentWriter, error) {
 	}
 	w := &segmentWriter{disk: d, dir: dir, f: f, header: h, hash: sha256.New(), next: h.First}
 	if err := w.write(b); err != nil {
-		return nil, errors.Join(fmt.Errorf("create segment: %w", err), f.Close(), d.Remove(f.Name()))
+		err = errors.Join(fmt.Errorf("create segment: %w", err), f.Close())
+		if rerr := d.Remove(f.Name()); rerr != nil {
+			return w, errors.Join(err, rerr)
+		}
+		return nil, err
 	}
 	return w, nil
 }

@@ -83,7 +83,9 @@ func TestSpoolLimit(t *testing.T) {
 		go func() { ended <- s.Wait() }()
 	}
 	// Both run before one fills the spool.
-	until(t, func() bool { return strings.Contains(terminal.String(), "begun") && strings.Contains(plain.String(), "begun") })
+	until(t, func() bool {
+		return strings.Contains(terminal.String(), "begun") && strings.Contains(plain.String(), "begun")
+	})
 	for _, in := range begin {
 		io.WriteString(in, "\n")
 	}
