@@ -182,14 +182,18 @@ func (c *Converter) authenticate(rec auditlog.Record, b *auditlog.Authenticate) 
 	activity, status := 1, statusFailure
 	switch b.Result {
 	case "proven":
-		status, c.proven = statusSuccess, true
+		activity, status, c.proven = 6, statusSuccess, true // the decision is what logs on
 		c.user = &User{Name: orUnknown(b.User), CredentialUID: text(b.Fingerprint)}
 	case "accepted-offer":
 		activity, status = 6, statusSuccess
 	case "asked": // which methods there are
 		activity, status = 6, statusUnknown
 	}
-	e := c.event(rec, Authentication, activity, "", status, severityInformational, "%s of %s by %s %s: %s", b.Method, b.User, b.KeyType, b.Fingerprint, b.Result)
+	what := []string{b.Method, "of", orUnknown(b.User)}
+	if b.Fingerprint != "" {
+		what = append(what, "by", b.KeyType, b.Fingerprint)
+	}
+	e := c.event(rec, Authentication, activity, "", status, severityInformational, "%s: %s", strings.Join(what, " "), b.Result)
 	e.User = &User{Name: orUnknown(b.User), CredentialUID: text(b.Fingerprint)}
 	e.StatusDetail = text(b.Reason)
 	return c.logon(e, b.Method)

@@ -251,3 +251,24 @@ func TestValidator(t *testing.T) {
 		}
 	}
 }
+
+// A session logs on once: by the decision. That a key was proven leads there.
+func TestLogonOnce(t *testing.T) {
+	c := NewConverter("s1")
+	var got []int
+	for i, b := range []auditlog.Body{
+		&auditlog.Authenticate{User: "alice", Method: "none", Result: "asked"},
+		&auditlog.Authenticate{User: "alice", Method: "publickey", KeyType: "ssh-ed25519", Fingerprint: "SHA256:abc", Result: "proven"},
+		&auditlog.Decision{ID: "d", Allow: true, User: "alice", Ticket: "OPS-1"},
+	} {
+		for _, e := range c.Add(auditlog.Record{Sequence: uint64(i), Time: at, Body: b}) {
+			got = append(got, e.ActivityID)
+			if strings.Contains(string(e.Message), "  ") || strings.Contains(string(e.Message), " :") {
+				t.Errorf("%q", e.Message)
+			}
+		}
+	}
+	if !slices.Equal(got, []int{6, 6, 1}) {
+		t.Errorf("activities %v", got)
+	}
+}

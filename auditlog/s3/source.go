@@ -47,7 +47,7 @@ func (s *Source) List(ctx context.Context, prefix string) iter.Seq2[auditlog.Obj
 		for o := range s.b.core.ListObjectsIter(ctx, s.b.name, minio.ListObjectsOptions{Prefix: at, Recursive: true}) {
 			if o.Err != nil {
 				s.b.renew(o.Err)
-				yield(auditlog.Object{}, fmt.Errorf("list s3://%s/%s: %w", s.b.name, at, o.Err))
+				yield(auditlog.Object{}, fmt.Errorf("list s3://%s/%s: %w", s.b.name, at, remedy(o.Err)))
 				return
 			}
 			name, ok := strings.CutPrefix(o.Key, s.b.prefix)
@@ -77,9 +77,17 @@ func (s *Source) Open(ctx context.Context, name string) (io.ReadCloser, error) {
 		return nil, fmt.Errorf("open s3://%s/%s: %w", s.b.name, s.b.prefix+name, fs.ErrNotExist)
 	case err != nil:
 		s.b.renew(err)
-		return nil, fmt.Errorf("open s3://%s/%s: %w", s.b.name, s.b.prefix+name, err)
+		return nil, fmt.Errorf("open s3://%s/%s: %w", s.b.name, s.b.prefix+name, remedy(err))
 	}
 	return body{r}, nil
+}
+
+// remedy says what a credential lacks that may not read.
+func remedy(err error) error {
+	if code(err) == "AccessDenied" {
+		return fmt.Errorf("%w (to read a store takes s3:ListBucket on the bucket, and s3:GetObject on its objects)", err)
+	}
+	return err
 }
 
 // body tells an answer that was cut off from the end of an object: one is a fault of the network, the other may be

@@ -133,7 +133,7 @@ func TestBucket(t *testing.T) {
 	}
 
 	// What goes wrong is said.
-	if _, errs, code := audit(t, "list", url, "--credentials-file", putter); code != exitError || !strings.Contains(errs, "Access Denied") {
+	if _, errs, code := audit(t, "list", url, "--credentials-file", putter); code != exitError || !strings.Contains(errs, "s3:ListBucket") {
 		t.Errorf("a credential that can't read: code %d %s", code, errs)
 	}
 	for _, bad := range []string{"s3://", "s3:///x", "s3://Evidence/x", "https://evidence/x"} {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"errors"
 	"fmt"
@@ -16,7 +17,10 @@ import (
 // keyCommand is about the key that signs the log.
 func keyCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "key", Short: "Make the key that signs the log, and show its public half", Args: cobra.NoArgs,
+		Use: "key", Short: "Make the key that signs the log, and show its public half", Args: usageArgs(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error {
+			return usageError(errors.New("key: say new, public or fingerprint"))
+		},
 		Long: `Make the key that signs the log, and show its public half.
 
 Auditors pin the public key: they get it, or its fingerprint, from the gate's operator on a way that does not lead through the store.`,
@@ -89,6 +93,9 @@ func publicKeys(configFile string, args []string) ([]ed25519.PublicKey, error) {
 	keys, err := auditlog.LoadPublicKeys(args[0])
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return keys, err
+	}
+	if b, rerr := os.ReadFile(args[0]); rerr == nil && !bytes.Contains(b, []byte("PRIVATE KEY")) {
+		return nil, err // it is none, so what is wrong with it as a public key is what counts
 	}
 	key, err := auditlog.LoadKey(args[0])
 	if err != nil {

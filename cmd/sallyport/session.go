@@ -124,7 +124,8 @@ func sessionCommand() *cobra.Command {
 		}
 		return newAdminClient(socket), nil
 	}
-	cmd := &cobra.Command{Use: "session", Short: "List and end running sessions"}
+	cmd := &cobra.Command{Use: "session", Short: "List and end running sessions", Args: usageArgs(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error { return usageError(errors.New("session: say list or end")) }}
 	cmd.PersistentFlags().StringVar(&file, "config", defaultConfig, "the gate's configuration file")
 	cmd.PersistentFlags().StringVar(&socket, "socket", "", "the gate's admin socket (default: from the configuration)")
 	all := false

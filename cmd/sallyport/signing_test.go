@@ -142,6 +142,16 @@ func TestKeyCommand(t *testing.T) {
 			t.Errorf("fingerprint %v: %q %v", from, out, err)
 		}
 	}
+	spoilt := filepath.Join(dir, "spoilt.pub") // readable to all, as a public key may be
+	if err := os.WriteFile(spoilt, []byte("ed25519 AAAA\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := call("fingerprint", spoilt); err == nil || strings.Contains(err.Error(), "mode") {
+		t.Errorf("a spoilt public key: %v", err)
+	}
+	if _, err := call("fingerprints"); err == nil {
+		t.Error("key fingerprints is no command")
+	}
 	if err := os.Remove(file); err != nil {
 		t.Fatal(err)
 	}
