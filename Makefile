@@ -3,7 +3,7 @@
 # make test     all tests with -race and what they need (PKG=./authz/... TESTFLAGS='-run Login -v'), on the cluster of
 #               KUBECONFIG or one of its own, too (KUBERNETES=no: not on that)
 # make soak     the tests that kill the gate, cut the power and break disk and store, and of the auditor's tool, in their long form:
-#               kill, power, disk, store, auditor, containers, or one of these (SOAK=); 12 GB of disk, an hour or so
+#               kill, power, disk, store, auditor, containers, or one of these (SOAK=); 12 GB of disk, an hour or two
 # make bench    the benchmarks beside sshd, the bare Docker API, and on Kubernetes (KUBERNETES=no: not on that)
 # make build    bin/sallyport, bin/sallyport-audit, bin/sallyport-agent
 # make release  archives for Linux, macOS and Windows with SHA256SUMS, in dist/
