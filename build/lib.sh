@@ -179,7 +179,7 @@ engine() {
 	) >"$engine_dir/dockerd.log" 2>&1 </dev/null &
 	local pid=$!
 	engine_pid=$pid
-	echo "$pid $(start_time "$pid")" >"$engine_dir/dockerd.pid"
+	echo "$pid $(start_time "$pid") $$ $(start_time $$)" >"$engine_dir/dockerd.pid"
 	for _ in $(seq 300); do
 		engine_answers && return 0
 		kill -0 "$pid" 2>/dev/null || break
@@ -193,10 +193,14 @@ engine() {
 # start_time PID: in clock ticks since boot (proc(5), field 22), so that a pid in a file is not mistaken for another's.
 start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
-# engine_adopt: an engine that an earlier run started and, killed, could not stop is ours to stop.
+# engine_adopt: an engine that an earlier run started and, killed, could not stop is ours to stop. That of a run which is still
+# there is not.
 engine_adopt() {
-	local pid began
-	read -r pid began 2>/dev/null <"$engine_dir/dockerd.pid" || return 0
+	local pid began owner owner_began
+	read -r pid began owner owner_began 2>/dev/null <"$engine_dir/dockerd.pid" || return 0
+	if [ -n "$owner_began" ] && [ "$(start_time "$owner")" = "$owner_began" ]; then
+		return 0
+	fi
 	if [ -n "$began" ] && [ "$(start_time "$pid")" = "$began" ]; then
 		engine_pid=$pid
 	else
