@@ -56,9 +56,21 @@ type TransferFlow struct {
 	Ranges     []uint64 `cbor:"2,keyasint,omitempty" json:"ranges,omitempty"`     // start and end of each, unless Contiguous
 	Cut        bool     `cbor:"3,keyasint,omitempty" json:"cut,omitempty"`        // there were more ranges
 	Contiguous bool     `cbor:"4,keyasint,omitempty" json:"contiguous,omitempty"` // from 0 to Bytes, each once
-	SHA256     []byte   `cbor:"5,keyasint,omitempty" json:"sha256,omitempty"`     // of 0 to Bytes
+	SHA256     []byte   `cbor:"5,keyasint,omitempty" json:"sha256,omitempty"`     // of 0 to Length, each byte as it passed first
 	Whole      bool     `cbor:"6,keyasint,omitempty" json:"whole,omitempty"`      // that is all of the file
 	Kept       uint64   `cbor:"7,keyasint,omitempty" json:"kept,omitempty"`       // bytes in Content records
+}
+
+// Length is how many bytes of the file, from its beginning, passed without a gap, each counted once; not ok if there are
+// gaps. It is less than Bytes where some were read again, as a client does that reads ahead and loses count.
+func (f *TransferFlow) Length() (n uint64, ok bool) {
+	switch {
+	case f.Contiguous:
+		return f.Bytes, true
+	case f.Cut || len(f.Ranges) != 2 || f.Ranges[0] != 0:
+		return 0, false
+	}
+	return f.Ranges[1], true
 }
 
 // Content is a part of a transferred file's content, where the profile keeps that. Without Data it is the same Length

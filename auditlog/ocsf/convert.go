@@ -371,6 +371,9 @@ func (c *Converter) transfer(rec auditlog.Record, b *auditlog.Transfer) []*Event
 			continue
 		}
 		e.File.Size = f.Bytes
+		if n, ok := f.Length(); ok {
+			e.File.Size = n
+		}
 		if f.Whole && len(f.SHA256) > 0 {
 			e.File.Hashes = []Fingerprint{{AlgorithmID: 3, Algorithm: "SHA-256", Value: hex.EncodeToString(f.SHA256)}}
 		}

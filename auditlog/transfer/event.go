@@ -107,12 +107,14 @@ type Flow struct {
 	Cut    bool
 	// Contiguous says that the bytes are those from offset 0 to Bytes, each once.
 	Contiguous bool
-	// SHA256 is of the bytes from offset 0 to Bytes; nil if they are not Contiguous, came in an order too wild to hash
-	// (more than 1 MiB ahead), were none, or may not be what is in the file: one opened for appending, or copied into.
+	// SHA256 is of the bytes from offset 0 to Bytes or, of a file that was read in parts again, to the end of its only
+	// range; then of each byte as it passed first. nil if there are gaps, they came in an order too wild to hash (more
+	// than 1 MiB ahead), were none, or may not be what is in the file: one opened for appending, copied into, or with a
+	// part written twice.
 	SHA256 []byte
-	// Whole says that the bytes with this hash are all of the file: of a download, that the server said end of file at
-	// Bytes, or gave Bytes as the open file's size; of an upload, that the file was truncated or new when opened, or had
-	// its size set to Bytes. Another process may have changed it all the same.
+	// Whole says that the bytes with this hash are all of the file: of a download, that the server said end of file
+	// where they end, or gave that as the open file's size; of an upload, that the file was truncated or new when opened,
+	// or had its size set to Bytes. Another process may have changed it all the same.
 	Whole bool
 	// Kept is how many bytes were handed to Config.Content.
 	Kept uint64

@@ -19,7 +19,8 @@ const (
 type hasher struct {
 	hash   hash.Hash
 	next   uint64 // hashed up to here
-	broken bool   // content came twice, or too far ahead
+	broken bool   // content came too far ahead, or twice where that changes what was hashed
+	reread bool   // content may come again, and is not hashed then: a file that is read, not one that is written
 
 	held  map[uint64][]byte // by offset: came ahead of next
 	ahead int               // bytes in held
@@ -28,12 +29,13 @@ type hasher struct {
 	// The piece that is passing.
 	at     uint64
 	direct bool
+	skip   int // bytes of it that are hashed already
 	piece  []byte
 }
 
 // begin announces n bytes at offset, which then come through part, and end with end.
 func (h *hasher) begin(offset uint64, n int) {
-	h.at, h.direct, h.piece = offset, false, nil
+	h.at, h.direct, h.skip, h.piece = offset, false, 0, nil
 	switch {
 	case h.broken || n == 0:
 	case offset == h.next:
@@ -41,6 +43,9 @@ func (h *hasher) begin(offset uint64, n int) {
 		if h.hash == nil {
 			h.hash = sha256.New()
 		}
+	case h.reread && (offset < h.next && uint64(n) <= h.next-offset || n <= len(h.held[offset])):
+	case h.reread && offset < h.next:
+		h.direct, h.skip = true, int(h.next-offset)
 	case offset < h.next || h.held[offset] != nil || h.ahead+n > maxAhead || len(h.held) >= maxAheadParts:
 		h.stop()
 	case h.total.Add(int64(n)) > maxAheadTotal:
@@ -55,6 +60,9 @@ func (h *hasher) begin(offset uint64, n int) {
 func (h *hasher) part(p []byte) {
 	switch {
 	case h.direct:
+		known := min(h.skip, len(p))
+		h.skip -= known
+		p = p[known:]
 		h.hash.Write(p)
 		h.next += uint64(len(p))
 	case h.piece != nil:
@@ -131,15 +139,26 @@ func (r *ranges) add(start, end uint64) {
 
 // flow puts ranges and hash together.
 func flow(r *ranges, h *hasher) Flow {
-	f := Flow{Bytes: r.bytes, Cut: r.cut}
-	f.Contiguous = !r.cut && (r.bytes == 0 || len(r.list) == 1 && r.list[0] == Range{0, r.bytes})
-	if !f.Contiguous {
-		f.Ranges = r.list
+	f := Flow{Bytes: r.bytes, Cut: r.cut, Ranges: r.list}
+	n, ok := f.length()
+	if f.Contiguous = ok && n == r.bytes; f.Contiguous {
+		f.Ranges = nil
 	}
-	if f.Contiguous && r.bytes > 0 && !h.broken && h.next == r.bytes && len(h.held) == 0 && h.hash != nil {
+	if ok && n > 0 && !h.broken && h.next == n && len(h.held) == 0 && h.hash != nil {
 		f.SHA256 = h.hash.Sum(nil)
 	}
 	return f
+}
+
+// length is how much there is of the file from its beginning, each byte counted once; not ok if there are gaps.
+func (f *Flow) length() (n uint64, ok bool) {
+	switch {
+	case f.Cut:
+		return 0, false
+	case len(f.Ranges) == 0:
+		return f.Bytes, true
+	}
+	return f.Ranges[0].End, len(f.Ranges) == 1 && f.Ranges[0].Start == 0
 }
 
 // sumOfNothing is the hash of an empty file.

@@ -73,7 +73,8 @@ func consistent(t *testing.T, r *recording) {
 		}
 		ids[e.ID] = e.Kind != Undecodable
 		for _, f := range []Flow{e.Read, e.Written} {
-			if f.Whole && f.SHA256 == nil || f.SHA256 != nil && !f.Contiguous || len(f.Ranges) > maxRanges {
+			n, ok := f.length()
+			if f.Whole && f.SHA256 == nil || f.SHA256 != nil && !ok || f.Contiguous && n != f.Bytes || len(f.Ranges) > maxRanges {
 				t.Fatalf("%+v", e)
 			}
 		}

@@ -587,8 +587,9 @@ func (s *SFTP) finished(f *file) *Event {
 		e.Read = Flow{Bytes: f.reads.bytes}
 		return e
 	}
-	if r := &e.Read; r.Contiguous && (f.eof == r.Bytes || f.size == r.Bytes && r.Bytes > 0) {
-		if r.Bytes == 0 && s.c.Mode != ContentNone {
+	r := &e.Read
+	if n, ok := r.length(); ok && (f.eof == n || f.size == n && n > 0) {
+		if n == 0 && s.c.Mode != ContentNone {
 			r.SHA256 = sumOfNothing()
 		}
 		r.Whole = r.SHA256 != nil

@@ -129,7 +129,7 @@ func (s *SFTP) handle(q request, r *reader) error {
 		return violation("a handle that is open already")
 	}
 	f := &file{event: q.event, max: q.offset, eof: noSize, size: noSize, set: noSize}
-	f.reader.total, f.writer.total = &s.ahead, &s.ahead
+	f.reader.total, f.writer.total, f.reader.reread = &s.ahead, &s.ahead, true
 	if s.c.Mode == ContentNone || q.typ == fxpOpendir {
 		f.reader.stop()
 		f.writer.stop()

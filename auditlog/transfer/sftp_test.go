@@ -357,6 +357,60 @@ func TestOutOfOrder(t *testing.T) {
 	}
 }
 
+// What is read again changes neither the hash nor that it is of the whole file: paramiko reads ahead, and all but the first piece
+// once more when the answers catch up with its questions.
+func TestReadAgain(t *testing.T) {
+	const text = "abcdefghijkl"
+	for name, tc := range map[string]struct {
+		reads []Range
+		again uint64
+		hash  string // of how much; "" if of nothing
+		whole bool
+	}{
+		"all twice":                         {[]Range{{0, 12}, {0, 12}}, 12, text, true},
+		"paramiko":                          {[]Range{{0, 4}, {4, 8}, {4, 8}, {8, 12}, {8, 12}}, 8, text, true},
+		"across what is hashed":             {[]Range{{0, 4}, {2, 12}}, 2, text, true},
+		"in what is hashed":                 {[]Range{{0, 12}, {3, 5}}, 2, text, true},
+		"ahead, twice":                      {[]Range{{8, 12}, {8, 12}, {8, 10}, {0, 8}}, 6, text, true},
+		"ahead, longer the second time":     {[]Range{{8, 10}, {8, 12}, {0, 8}}, 2, "", false},
+		"ahead, and overtaken by an answer": {[]Range{{6, 12}, {0, 8}}, 2, "", false},
+		"not all":                           {[]Range{{0, 4}, {0, 4}}, 4, text[:4], false},
+		"not the beginning":                 {[]Range{{4, 12}, {4, 12}}, 8, "", false},
+		"a hole":                            {[]Range{{0, 4}, {0, 4}, {8, 12}}, 4, "", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newTalk(t, nil)
+			k.begin()
+			k.open(1, "f", "h", FlagRead)
+			id := uint32(2)
+			for _, r := range tc.reads {
+				k.ask(readPacket(id, "h", r.Start, uint32(r.End-r.Start)))
+				p := dataPacket(id, text[r.Start:r.End])
+				k.answer(p[:len(p)-1])
+				k.answer(p[len(p)-1:]) // content in two pieces
+				id++
+			}
+			k.ask(readPacket(id, "h", 12, 4), closePacket(id+1, "h"))
+			k.answer(statusPacket(id, StatusEOF, ""), statusPacket(id+1, StatusOK, ""))
+			f := k.r.one(t, File, "f").Read
+			want := ""
+			if tc.hash != "" {
+				want = sum(tc.hash)
+			}
+			once := uint64(0)
+			for _, r := range f.Ranges {
+				once += r.End - r.Start
+			}
+			if string(f.SHA256) != want || f.Whole != tc.whole || f.Contiguous || f.Bytes-once != tc.again {
+				t.Errorf("%+v", f)
+			}
+			if n := k.s.ahead.Load(); n != 0 {
+				t.Errorf("%d bytes are held still", n)
+			}
+		})
+	}
+}
+
 // The hash is not known where content came too far ahead, twice, or was not acknowledged.
 func TestHashNotKnown(t *testing.T) {
 	for name, tc := range map[string]func(k *talk){
@@ -371,6 +425,10 @@ func TestHashNotKnown(t *testing.T) {
 		},
 		"twice": func(k *talk) {
 			k.ask(writePacket(2, "h", 0, "abc"), writePacket(3, "h", 1, "x"))
+			k.answer(statusPacket(2, StatusOK, ""), statusPacket(3, StatusOK, ""))
+		},
+		"the same again": func(k *talk) {
+			k.ask(writePacket(2, "h", 0, "abc"), writePacket(3, "h", 0, "abc"))
 			k.answer(statusPacket(2, StatusOK, ""), statusPacket(3, StatusOK, ""))
 		},
 		"failed": func(k *talk) {

@@ -83,6 +83,17 @@ func transferFlow(b *auditlog.Transfer) *auditlog.TransferFlow {
 	return b.Read
 }
 
+// flowBytes is how much there is of a flow, each byte counted once where that is known, and what else is to be said of it.
+func flowBytes(f *auditlog.TransferFlow) (n uint64, note string) {
+	switch n, ok := f.Length(); {
+	case ok && n < f.Bytes:
+		return n, size(f.Bytes-n) + " of that again"
+	case !ok && f.Bytes > 0:
+		return f.Bytes, "in parts"
+	}
+	return f.Bytes, ""
+}
+
 // hashText is a flow's hash, with what it is of.
 func hashText(f *auditlog.TransferFlow) string {
 	switch {
@@ -111,10 +122,8 @@ func (w *textWriter) tellTransfer(b *auditlog.Transfer) {
 		if b.Read != nil && b.Written != nil {
 			word = []string{"written ", "read "}[i]
 		}
-		note = append(note, word+size(f.Bytes))
-		if !f.Contiguous && f.Bytes > 0 {
-			note = append(note, "in parts")
-		}
+		n, how := flowBytes(f)
+		note = append(note, word+size(n), how)
 		note = append(note, hashText(f))
 	}
 	if b.Op == "list" {
@@ -256,9 +265,12 @@ func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, patt
 		if target := transferTarget(b); target != "" {
 			path += " to " + target
 		}
-		bytes, hash := "-", "-"
+		bytes, hash, result := "-", "-", transferResult(b)
 		if f := transferFlow(b); f != nil && b.Op != "list" {
-			bytes = fmt.Sprint(f.Bytes)
+			n, how := flowBytes(f)
+			if bytes = fmt.Sprint(n); how != "" {
+				result += ", " + how
+			}
 			if f.SHA256 != nil {
 				hash = hex.EncodeToString(f.SHA256)
 				if !f.Whole {
@@ -266,7 +278,7 @@ func (t *tool) sessionFiles(ctx context.Context, r *auditlog.SessionReader, patt
 				}
 			}
 		}
-		w.row(t.time(rec.Time), id, dash(clean(s.User)), clean(transferWord(b)), dash(clean(bounded(path))), bytes, clean(bounded(transferResult(b))), hash)
+		w.row(t.time(rec.Time), id, dash(clean(s.User)), clean(transferWord(b)), dash(clean(bounded(path))), bytes, clean(bounded(result)), hash)
 		if w.err != nil {
 			return w.err
 		}
@@ -481,7 +493,8 @@ func gather(records func(func(auditlog.Record) error) error, key contentKey, to 
 
 // checkContent holds a file against what was recorded of it.
 func checkContent(f *os.File, flow *auditlog.TransferFlow) error {
-	if !flow.Contiguous {
+	length, ok := flow.Length()
+	if !ok {
 		return nil // there is no hash; the parts have theirs
 	}
 	h := sha256.New()
@@ -489,8 +502,8 @@ func checkContent(f *os.File, flow *auditlog.TransferFlow) error {
 	if err != nil {
 		return err
 	}
-	if uint64(n) != flow.Bytes || flow.SHA256 != nil && !bytes.Equal(h.Sum(nil), flow.SHA256) {
-		return fmt.Errorf("what was kept (%d bytes, sha256 %x) is not what passed (%d bytes, %s)", n, h.Sum(nil), flow.Bytes,
+	if uint64(n) != length || flow.SHA256 != nil && !bytes.Equal(h.Sum(nil), flow.SHA256) {
+		return fmt.Errorf("what was kept (%d bytes, sha256 %x) is not what passed (%d bytes, %s)", n, h.Sum(nil), length,
 			strings.TrimPrefix(hashText(flow), "sha256 "))
 	}
 	return nil

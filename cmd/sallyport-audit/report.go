@@ -320,7 +320,10 @@ func reportFileOf(at string, b *auditlog.Transfer) reportFile {
 		f.Path += " to " + clean(short(target, 1000))
 	}
 	if flow := transferFlow(b); flow != nil && b.Op != "list" {
-		f.Bytes = fmt.Sprint(flow.Bytes)
+		n, how := flowBytes(flow)
+		if f.Bytes = fmt.Sprint(n); how != "" {
+			f.Bytes += ", " + how
+		}
 		if f.SHA256 = hex.EncodeToString(flow.SHA256); f.SHA256 != "" && !flow.Whole {
 			f.SHA256 += " (of these bytes)"
 		}
