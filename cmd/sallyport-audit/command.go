@@ -36,6 +36,8 @@ type tool struct {
 	ids     []age.Identity
 	unread  unread
 	damage  damage
+
+	indexFailed []error // of the index's logs that could not be read
 }
 
 // source is a store that is open for reading.

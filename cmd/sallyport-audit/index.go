@@ -31,6 +31,7 @@ func (t *tool) index(ctx context.Context, src auditlog.Source, keys []ed25519.Pu
 	if err != nil {
 		return nil, err
 	}
+	t.indexFailed = x.Failed
 	if t.cache == "" {
 		return x, nil
 	}
@@ -46,6 +47,22 @@ func (t *tool) index(ctx context.Context, src auditlog.Source, keys []ed25519.Pu
 		return nil, fmt.Errorf("--index-cache %s: %w", t.cache, err)
 	}
 	return x, nil
+}
+
+// tellIndexFailed says which of the index's logs could not be read, and gives an error if there is one: the list is whole without them,
+// but the store is not as it should be.
+func (t *tool) tellIndexFailed(stderr io.Writer) error {
+	for i, err := range t.indexFailed {
+		if i == maxDamageTold {
+			fmt.Fprintf(stderr, "sallyport-audit: and %d more of the index\n", len(t.indexFailed)-i)
+			break
+		}
+		fmt.Fprintf(stderr, "sallyport-audit: index: %s: its entries are not used, the logs are read instead\n", clean(err.Error()))
+	}
+	if len(t.indexFailed) > 0 {
+		return errSilent
+	}
+	return nil
 }
 
 // indexedSummary is what an entry tells of a session.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,9 +73,10 @@ func (t *tool) finish(err error, stderr io.Writer) error {
 		return err // who asked has gone
 	}
 	t.damage.tell(stderr)
+	index := t.tellIndexFailed(stderr)
 	unread := t.unread.err(len(t.idFiles) > 0)
 	if err == nil {
-		return unread
+		return cmp.Or(unread, index)
 	}
 	if unread != nil {
 		fmt.Fprintln(stderr, "sallyport-audit:", unread)
