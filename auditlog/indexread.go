@@ -85,7 +85,7 @@ func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, erro
 			x.Failed = append(x.Failed, errors.New("read index: too much of it can't be read, the rest was not tried"))
 			break
 		}
-		if rep.State == Damaged && !r.OnlyUnread() {
+		if rep.State == Damaged {
 			x.Reports = append(x.Reports, rep)
 		}
 		if rep.State == Damaged || err != nil {

@@ -195,7 +195,10 @@ what counts. An encrypted log has to be read for it: give an identity (-i).`,
 					}
 					t.countUnread(r.Report())
 					if !complete {
-						continue // live, damaged or not to be read: verify says so
+						if r.Report().State == auditlog.Unreadable {
+							t.damage.add(r.Report())
+						}
+						continue // live or damaged: verify says so
 					}
 					logs++
 					if _, ok := x.Entry(log); !ok {
@@ -272,6 +275,9 @@ func (t *tool) rebuild(ctx context.Context, src source, keys []ed25519.PublicKey
 				}
 				if e, ok = auditlog.EntryOf(ctx, r); !ok {
 					t.countUnread(r.Report())
+					if r.Report().State == auditlog.Unreadable {
+						t.damage.add(r.Report())
+					}
 					continue
 				}
 			}
