@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -18,6 +19,15 @@ const (
 	// passwdLimit bounds what is read of the image's /etc/passwd.
 	passwdLimit = 1 << 20
 )
+
+// OwnerEnv is the variable by which a container without labels of its own says whose it is, to who reads its specification. The session's
+// processes don't get it.
+const OwnerEnv = "SALLYPORT_OWNER"
+
+// ownEnviron is the environment that the agent was started with, for the session's processes.
+func ownEnviron() []string {
+	return slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, OwnerEnv+"=") })
+}
 
 // account is what the image knows of the session's uid. All may be empty.
 type account struct{ name, home, shell string }

@@ -181,7 +181,7 @@ type server struct {
 
 func newServer(session *yamux.Session, pipes *net.UnixConn, r *reaper, home string) *server {
 	s := &server{
-		session: session, reaper: r, pace: normalPace, env: os.Environ(),
+		session: session, reaper: r, pace: normalPace, env: ownEnviron(),
 		connections: make(chan struct{}, maxConnections), lookups: make(chan struct{}, maxLookups),
 		paths: make(chan struct{}, maxPaths), limits: normalLimits,
 		waiting: make(map[uint64]chan *yamux.Stream), listeners: make(map[uint64]*listening),

@@ -28,6 +28,7 @@ type Index struct {
 	Objects  int      // of the store that were read
 	Unread   uint64   // entries that are encrypted, and to none of the identities
 	Reports  []Report // of the index's logs that are damaged: their entries are not used
+	Failed   []error  // of the source, one for each of the index's logs that it names and does not give whole: likewise
 	Overflow bool     // there were more entries than are kept in memory
 	bytes    int
 }
@@ -40,7 +41,8 @@ type IndexOptions struct {
 }
 
 // ReadIndex reads a store's index. A log of the index that is damaged, or signed by a key that is not one of Keys, is left out, and
-// is in Reports. An error is one of the source.
+// is in Reports; one of which the source does not give an object is in Failed. So the index is less than it was, and the logs of the
+// sessions that it lacks are read. An error is one of the list.
 func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, error) {
 	x := &Index{entries: make(map[string]*Entry), two: make(map[string]struct{})}
 	since := ""
@@ -72,14 +74,21 @@ func ReadIndex(ctx context.Context, src Source, opts IndexOptions) (*Index, erro
 		if err := context.Cause(ctx); err != nil {
 			return nil, err
 		}
-		if err := r.Err(); err != nil && !errors.Is(err, ErrLocked) {
-			return nil, err
-		}
 		rep := r.Report()
 		x.Objects += rep.Segments
 		x.Unread += rep.Unread
+		err := r.Err()
+		if err != nil {
+			x.Failed = append(x.Failed, err)
+		}
+		if len(x.Failed) == maxProblems { // a store that is away, or an index that is denied: each try may take its time
+			x.Failed = append(x.Failed, errors.New("read index: too much of it can't be read, the rest was not tried"))
+			break
+		}
 		if rep.State == Damaged {
 			x.Reports = append(x.Reports, rep)
+		}
+		if rep.State == Damaged || err != nil {
 			continue
 		}
 		for _, e := range entries {

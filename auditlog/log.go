@@ -72,7 +72,8 @@ type Log struct {
 	mu       sync.Mutex // guards all below
 	closed   bool
 	live     map[*Recorder]struct{}
-	spoolErr error // of the last write to the spool, nil if it went well
+	spoolErr error // of the spool, nil if the last probe went well and nothing failed since it began
+	failures int   // how often spoolErr was set
 	fold     fold
 	own      *Recorder           // the gate's own log, nil while there is nothing to say
 	unsealed map[string]unsealed // by ID: logs that nobody writes any more, and that have no end. Their last segment stays in the spool
@@ -191,12 +192,13 @@ func (l *Log) spoolFailed(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.spoolErr = err
+	l.failures++
 }
 
 // Ready says why no session may begin: the spool is full or can't be written. After a failure it tries the spool anew.
 func (l *Log) Ready() error {
 	l.mu.Lock()
-	failed, closed := l.spoolErr, l.closed
+	failed, failures, closed := l.spoolErr, l.failures, l.closed
 	l.mu.Unlock()
 	if closed {
 		return ErrClosed
@@ -216,8 +218,14 @@ func (l *Log) Ready() error {
 		return fmt.Errorf("spool: %w", err)
 	}
 	l.mu.Lock()
-	l.spoolErr = nil
+	if l.failures == failures {
+		l.spoolErr = nil
+	}
+	failed = l.spoolErr
 	l.mu.Unlock()
+	if failed != nil { // something failed while the probe went well: of that it says nothing
+		return fmt.Errorf("spool: %w", failed)
+	}
 	select {
 	case l.mend <- struct{}{}:
 	default:

@@ -89,6 +89,8 @@ const (
 	Live State = "live"
 	// Damaged: Report.Problems says how.
 	Damaged State = "damaged"
+	// Unreadable: objects of it are there, and the source does not give them. Nothing is wrong with the rest.
+	Unreadable State = "unreadable"
 )
 
 // maxProblems bounds a report.
@@ -145,7 +147,7 @@ type SessionReader struct {
 	keys   []ed25519.PublicKey
 	head   *Header // of the first segment read
 	err    error
-	unread int // problems that are errors of the source
+	unread int // problems that are errors of the source; that an object is gone is none of these
 }
 
 // NewSessionReader reads a log that Logs found. With keys, every segment must be signed by one of them; without, by the
@@ -195,6 +197,8 @@ func (r *SessionReader) Records(ctx context.Context) iter.Seq[Record] {
 		}
 		r.report.State = Live
 		switch {
+		case r.unread > 0 && r.unread == len(r.report.Problems)+r.report.More:
+			r.report.State = Unreadable
 		case len(r.report.Problems) > 0 || len(r.log.Segments) == 0:
 			r.report.State = Damaged
 		case r.chain.sealed && r.chain.interrupted:
@@ -413,12 +417,6 @@ func (r *SessionReader) problem(name string, offset int64, format string, args .
 
 // Report is the verdict, after Records came to its end.
 func (r *SessionReader) Report() Report { return r.report }
-
-// OnlyUnread says that all problems of the report are errors of the source: what could be read is intact. An object that is gone
-// is none of these.
-func (r *SessionReader) OnlyUnread() bool {
-	return r.unread > 0 && r.unread == len(r.report.Problems)+r.report.More
-}
 
 // Err is the first error of the source, as against one of the log: the report then speaks of what could be had.
 func (r *SessionReader) Err() error { return r.err }

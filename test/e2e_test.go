@@ -23,6 +23,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/sallyport/sallyport/auditlog/s3/s3test"
+	"github.com/sallyport/sallyport/test/ports"
 )
 
 // binaries is the directory of what is tested: the gate and the auditor's tool with the race detector, the agent as it
@@ -209,12 +210,10 @@ func setUp(env *testscript.Env, transport string) error {
 
 // newState makes a directory with keys, data and configuration of a gate of its own.
 func newState(dir, transport string) (*state, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := ports.Take()
 	if err != nil {
 		return nil, err
 	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
 	s := &state{port: port, dir: dir, name: fmt.Sprintf("e2e-%d-%d", os.Getpid(), port), bin: binaries, jobs: map[string]*exec.Cmd{}, since: time.Now()}
 	for _, sub := range []string{"data/users", "data/profiles", "data/grants", "log", "production"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
@@ -679,13 +678,12 @@ func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// freePort is a TCP port on loopback that was free a moment ago.
+// freePort is a TCP port on loopback.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := ports.Take()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	return port
 }

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/sallyport/sallyport/test/ports"
 )
 
 // cmdAnswer: answer NETWORK ADDRESS NAME [BYTES]: listens on the client's side until the script's end; each connection is read
@@ -72,16 +74,11 @@ func ask(network, address, text string) (string, error) {
 	return string(b), err
 }
 
-// cmdPorts: ports NAME...: sets each to a TCP port on loopback that was free a moment ago.
+// cmdPorts: ports NAME...: sets each to a TCP port on loopback.
 func cmdPorts(ts *testscript.TestScript, neg bool, args []string) {
-	var open []net.Listener
 	for _, name := range args {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		port, err := ports.Take()
 		ts.Check(err)
-		open = append(open, l)
-		ts.Setenv(name, strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
-	}
-	for _, l := range open {
-		l.Close()
+		ts.Setenv(name, strconv.Itoa(port))
 	}
 }

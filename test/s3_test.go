@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/sallyport/sallyport/auditlog/s3/s3test"
+	"github.com/sallyport/sallyport/test/ports"
 )
 
 // condition: [s3] there is an S3 server to start, [postgres] a PostgreSQL server. Where there must be one, its absence is an
@@ -51,10 +51,9 @@ func cmdS3(ts *testscript.TestScript, neg bool, args []string) {
 		s.s3 = server
 		ts.Setenv("S3_ENDPOINT", server.Endpoint())
 		ts.Check(errors.Join(s3test.Putter.WriteCredentials(ts.MkAbs("putter")), s3test.Reader.WriteCredentials(ts.MkAbs("reader"))))
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		port, err := ports.Take()
 		ts.Check(err)
-		ts.Setenv("MONITOR", l.Addr().String())
-		ts.Check(l.Close())
+		ts.Setenv("MONITOR", fmt.Sprintf("127.0.0.1:%d", port))
 	case len(args) == 1 && args[0] == "stop" && s.s3 != nil:
 		ts.Check(s.s3.Stop())
 	case len(args) == 1 && args[0] == "run" && s.s3 != nil:

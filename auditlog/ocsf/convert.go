@@ -269,7 +269,22 @@ func (c *Converter) request(rec auditlog.Record, b *auditlog.Request) []*Event {
 	e := c.event(rec, SSHActivity, other, b.Type, status, severity, "%s %s", b.Type, what)
 	e.StatusDetail = text(b.Reason)
 	e.Unmapped = map[string]any{"channel": rec.Channel}
-	return c.ssh(e)
+	events := c.ssh(e)
+	if target, ok := listens(b); ok && b.OK {
+		events = append(events, c.tunnel(rec, b.Type, target, "", 1, true, "%s", strings.TrimSpace(b.Type+" "+target)))
+	}
+	return events
+}
+
+// listens says whether a request makes a listener, whose end is a Forward, and where, as far as that is known by then.
+func listens(b *auditlog.Request) (target string, ok bool) {
+	switch b.Type {
+	case "tcpip-forward", "streamlocal-forward@openssh.com":
+		return cmp.Or(b.Value, b.Name), true
+	case "x11-req", "auth-agent-req@openssh.com": // once a program is started
+		return "", true
+	}
+	return "", false
 }
 
 func (c *Converter) end(rec auditlog.Record, b *auditlog.End) []*Event {

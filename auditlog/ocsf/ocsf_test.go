@@ -153,6 +153,7 @@ var session = []auditlog.Body{
 	&auditlog.Sandbox{Error: "no image"},
 	&auditlog.ChannelOpen{Type: "session"}, &auditlog.ChannelOpen{Type: "odd", Error: "unknown channel type"},
 	&auditlog.Request{Type: "pty-req", Term: "xterm", OK: true}, &auditlog.Request{Type: "shell", OK: true}, &auditlog.Request{Type: "exec", Command: []byte("rm -rf /\xff"), Reason: "no"},
+	&auditlog.Request{Type: "tcpip-forward", Name: "localhost:0", Value: "127.0.0.1:4000", OK: true}, &auditlog.Request{Type: "auth-agent-req@openssh.com", OK: true},
 	&auditlog.Request{Type: "subsystem", Name: "sftp", OK: true}, &auditlog.Request{Type: "env", Name: "A", Value: "b"},
 	&auditlog.Data{Stream: auditlog.Input, Data: []byte("abc")}, &auditlog.Data{Stream: auditlog.Output, Data: []byte("de")},
 	&auditlog.ChannelOpen{Type: "direct-tcpip", Target: "db.payments:5432", Originator: "127.0.0.1:1"}, &auditlog.ChannelOpen{Type: "direct-tcpip", Target: "vault:80", Error: "not permitted"},
@@ -270,5 +271,51 @@ func TestLogonOnce(t *testing.T) {
 	}
 	if !slices.Equal(got, []int{6, 6, 1}) {
 		t.Errorf("activities %v", got)
+	}
+}
+
+// What closes was opened: a connection by its channel, a listener by the request for it.
+func TestTunnels(t *testing.T) {
+	s := loadSchema(t)
+	c := NewConverter("s1")
+	var got []string
+	for i, b := range []auditlog.Body{
+		&auditlog.Request{Type: "tcpip-forward", Name: "localhost:0", Value: "127.0.0.1:4000", OK: true},
+		&auditlog.Request{Type: "tcpip-forward", Name: "localhost:22", Reason: "not permitted"},
+		&auditlog.Request{Type: "streamlocal-forward@openssh.com", Name: "/tmp/s", Value: "/tmp/s", OK: true},
+		&auditlog.Request{Type: "auth-agent-req@openssh.com", OK: true},
+		&auditlog.Request{Type: "x11-req", Name: "MIT-MAGIC-COOKIE-1", Value: "screen 0", OK: true},
+		&auditlog.Request{Type: "pty-req", Term: "xterm", OK: true},
+		&auditlog.ChannelOpen{Type: "direct-tcpip", Target: "db:5432"},
+		&auditlog.Forward{Type: "direct-tcpip", Target: "db:5432", Address: "10.0.0.7:5432", Result: "ended"},
+		&auditlog.Forward{Type: "x11-req", Address: "127.0.0.1:6010", Result: "ended"},
+		&auditlog.Forward{Type: "auth-agent-req@openssh.com", Result: "failed"},
+		&auditlog.Forward{Type: "streamlocal-forward@openssh.com", Target: "/tmp/s", Address: "/tmp/s", Result: "ended"},
+		&auditlog.Forward{Type: "tcpip-forward", Target: "localhost:0", Address: "127.0.0.1:4000", Result: "cut-off"},
+	} {
+		for _, e := range c.Add(auditlog.Record{Sequence: uint64(i), Time: at, Body: b}) {
+			if e.ClassUID != TunnelActivity {
+				continue
+			}
+			j, err := json.Marshal(e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.validate(j); err != nil {
+				t.Errorf("%v\n%s", err, j)
+			}
+			to := ""
+			if e.DstEndpoint != nil && e.DstEndpoint.Port > 0 {
+				to = fmt.Sprint(" ", e.DstEndpoint.Port)
+			} else if e.DstEndpoint != nil {
+				to = " " + string(e.DstEndpoint.Name)
+			}
+			got = append(got, e.ActivityName+" "+strings.TrimPrefix(e.TunnelType, "SSH ")+to)
+		}
+	}
+	want := []string{"Open tcpip-forward 4000", "Open streamlocal-forward@openssh.com /tmp/s", "Open auth-agent-req@openssh.com", "Open x11-req", "Open direct-tcpip 5432",
+		"Close direct-tcpip 5432", "Close x11-req 6010", "Close auth-agent-req@openssh.com", "Close streamlocal-forward@openssh.com /tmp/s", "Close tcpip-forward 4000"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }

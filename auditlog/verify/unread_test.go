@@ -62,6 +62,13 @@ func TestUnread(t *testing.T) {
 			if err != nil || sum.Damaged() || sum.Unread != want || !errors.Is(sum.UnreadErr, errBroken) {
 				t.Errorf("%s (late: %v): %v, damaged: %v, %d unread, %v", name, late, err, sum.Damaged(), sum.Unread, sum.UnreadErr)
 			}
+			unreadable := 0
+			if strings.HasPrefix(name, auditlog.SessionPrefix) || strings.HasPrefix(name, auditlog.GatePrefix) || strings.HasPrefix(name, auditlog.IndexPrefix) {
+				unreadable = 1
+			}
+			if n := sum.Logs[auditlog.Unreadable]; n != unreadable {
+				t.Errorf("%s (late: %v): %d logs unreadable, want %d", name, late, n, unreadable)
+			}
 			if sum.Total() != 4+len(gateLogs(whole)) {
 				t.Errorf("%s: only %d logs were looked at", name, sum.Total())
 			}

@@ -109,7 +109,6 @@ type Summary struct {
 	// and nothing is known against them. UnreadErr is the first of their errors.
 	Unread    int   `json:"unread"`
 	UnreadErr error `json:"-"`
-	unread    int   // logs that are told as damaged for nothing else
 	// Problems are all that are not a log's own; those of trees and missing logs are among them.
 	Problems int       `json:"problems"`
 	Unpinned bool      `json:"unpinned"`
@@ -130,7 +129,7 @@ func (s Summary) Total() int {
 }
 
 // Damaged says whether anything is wrong. What could not be read is not known to be.
-func (s Summary) Damaged() bool { return s.Logs[auditlog.Damaged] > s.unread || s.Problems > 0 }
+func (s Summary) Damaged() bool { return s.Logs[auditlog.Damaged] > 0 || s.Problems > 0 }
 
 // Unsealed says whether anything has no end yet, or is in no checkpoint yet.
 func (s Summary) Unsealed() bool { return s.Logs[auditlog.Live] > 0 || s.Waiting > 0 }
@@ -307,7 +306,6 @@ type checked struct {
 	says   []entry   // if it is an index
 	told   []entry   // if it is a session's log: those of it that do not fit
 	unread error     // of the source
-	only   bool      // nothing else is wrong with it
 	err    error
 }
 
@@ -328,7 +326,7 @@ func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) e
 			c.leaf, c.err = leaf.Encode()
 		}
 		if err := r.Err(); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, auditlog.ErrLocked) {
-			c.unread, c.only = err, r.OnlyUnread()
+			c.unread = err
 		}
 		return c
 	}, func(c checked) error {
@@ -339,9 +337,6 @@ func (v *Run) logs(ctx context.Context, all iter.Seq2[auditlog.Stored, error]) e
 			if err := v.notRead(ctx, c.unread); err != nil {
 				return err
 			}
-		}
-		if c.only {
-			v.Summary.unread++
 		}
 		v.compare(&c)
 		v.Summary.Logs[c.report.State]++

@@ -3,6 +3,7 @@ package kubernetes
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sort"
 
 	corev1 "k8s.io/api/core/v1"
@@ -21,6 +22,15 @@ func (b *Backend) Running(ctx context.Context) ([]backends.Session, error) {
 	var all []backends.Session
 	for i := range pods {
 		all = append(all, runningIn(&pods[i]))
+	}
+	guests, err := b.runningGuests(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range guests {
+		if !slices.ContainsFunc(all, func(s backends.Session) bool { return s.Session == g.Session }) {
+			all = append(all, g)
+		}
 	}
 	sort.Slice(all, func(i, j int) bool { return all[i].Session < all[j].Session })
 	return all, nil
@@ -42,6 +52,15 @@ func (b *Backend) EndRunning(ctx context.Context, session string) (*backends.Ses
 			}
 			r := runningIn(pod)
 			return &r, nil
+		}
+	}
+	guests, err := b.runningGuests(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range guests {
+		if g.Session == session {
+			return nil, fmt.Errorf("kubernetes: session %s has joined a target, and has no pod of its own: only its gate can end it, %q", session, g.Server)
 		}
 	}
 	return nil, nil

@@ -396,7 +396,10 @@ func (g *guest) start(ctx context.Context, spec backends.Spec) error {
 	if err != nil {
 		return err
 	}
-	container := ephemeral(spec, g.container, base64.StdEncoding.EncodeToString(public))
+	container, err := ephemeral(spec, g.backend.gate, g.container, base64.StdEncoding.EncodeToString(public))
+	if err != nil {
+		return err
+	}
 	pod, err := g.add(ctx, container)
 	if err != nil {
 		return err
@@ -424,16 +427,21 @@ func (g *guest) start(ctx context.Context, spec backends.Spec) error {
 
 // ephemeral makes the container of a checked spec. It is pure: the same in, the same out. The API permits it neither resources
 // nor a volume that the pod does not have; and the agent's socket wants a /tmp that can be written.
-func ephemeral(spec backends.Spec, name, key string) corev1.EphemeralContainer {
+func ephemeral(spec backends.Spec, gate, name, key string) (corev1.EphemeralContainer, error) {
 	t := spec.Template
 	no := false
 	home := cmp.Or(t.Home, targetHome)
+	o := spec.Owner
+	owner, err := json.Marshal(guestOwner{Gate: gate, Session: o.Session, User: o.User, Profile: o.Profile, Grant: o.Grant})
+	if err != nil {
+		return corev1.EphemeralContainer{}, err
+	}
 	c := corev1.EphemeralContainer{EphemeralContainerCommon: corev1.EphemeralContainerCommon{
 		Name: name, Image: t.Image, ImagePullPolicy: pullPolicy(t.PullPolicy),
 		Command:    []string{insideAgent},
 		Args:       []string{"serve", "--key", key, "--relay", insideRelay, "--home", home},
 		WorkingDir: "/",
-		Env:        environment(t.Env),
+		Env:        append(environment(t.Env), environment([]string{agent.OwnerEnv + "=" + string(owner)})...),
 		SecurityContext: &corev1.SecurityContext{
 			RunAsUser: pointer(int64(t.UID)), RunAsGroup: pointer(int64(t.GID)), RunAsNonRoot: pointer(t.UID != 0),
 			Privileged: &no, AllowPrivilegeEscalation: &no,
@@ -447,7 +455,68 @@ func ephemeral(spec backends.Spec, name, key string) corev1.EphemeralContainer {
 			c.Args = append(c.Args, "--own-uid")
 		}
 	}
-	return c
+	return c, nil
+}
+
+// guestOwner says in an ephemeral container whose it is: it has no labels and no annotations of its own.
+type guestOwner struct {
+	Gate    string `json:"gate"` // as in the pods' labelServer
+	Session string `json:"session"`
+	User    string `json:"user"`
+	Profile string `json:"profile"`
+	Grant   string `json:"grant"`
+}
+
+// guestsIn are the sessions that have joined a pod, and go on. It is what those say who may add containers to it: to be shown, and
+// nothing else.
+func guestsIn(pod *corev1.Pod) (guests []backends.Session) {
+	for _, c := range pod.Spec.EphemeralContainers {
+		s := statusOf(pod.Status.EphemeralContainerStatuses, c.Name)
+		if !strings.HasPrefix(c.Name, targetPrefix) || s == nil || s.State.Running == nil {
+			continue
+		}
+		var o guestOwner
+		for _, e := range c.Env { // of several the last counts
+			if e.Name == agent.OwnerEnv {
+				o = guestOwner{}
+				_ = json.Unmarshal([]byte(strings.ReplaceAll(e.Value, "$$", "$")), &o) // what is none names no session
+			}
+		}
+		if sessionPattern.MatchString(o.Session) {
+			guests = append(guests, backends.Session{Session: o.Session, Server: o.Gate, User: o.User, Profile: o.Profile, Grant: o.Grant,
+				ID: pod.Namespace + "/" + pod.Name + "/" + c.Name, Started: s.State.Running.StartedAt.Time})
+		}
+	}
+	return guests
+}
+
+// runningGuests are the sessions of all gates that have joined a target, and go on.
+func (b *Backend) runningGuests(ctx context.Context) ([]backends.Session, error) {
+	selector, err := labels.ValidatedSelectorFromSet(b.config.Targets.Labels)
+	if err != nil {
+		return nil, fmt.Errorf("kubernetes: targets.labels: %w", err)
+	}
+	var guests []backends.Session
+	for _, ns := range b.config.Targets.Namespaces {
+		seen := 0
+		for more := ""; ; {
+			var pods corev1.PodList
+			if err := b.cluster.list(ctx, ns, "pods", listOptions{labels: selector.String(), limit: pageSize, next: more}, &pods); err != nil {
+				return nil, fmt.Errorf("kubernetes: list targets in namespace %s: %w", ns, err)
+			}
+			for i := range pods.Items {
+				guests = append(guests, guestsIn(&pods.Items[i])...)
+			}
+			if seen += len(pods.Items); pods.Continue == "" {
+				break
+			}
+			if seen >= maxListed {
+				return nil, fmt.Errorf("kubernetes: namespace %s has more than %d pods that may be targets: too many to look at", ns, maxListed)
+			}
+			more = pods.Continue
+		}
+	}
+	return guests, nil
 }
 
 // addTries bounds the attempts to add a container to a pod that others change at the same time.

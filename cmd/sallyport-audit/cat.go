@@ -78,11 +78,11 @@ func (t *tool) cat(ctx context.Context, id string, o catOptions, out, stderr io.
 				return err
 			}
 			rep := r.Report()
-			if rep.State == auditlog.Damaged {
+			if err := verdict(rep.State); err != nil {
 				for _, p := range rep.Problems {
 					fmt.Fprintln(stderr, "sallyport-audit:", clean(p.String()))
 				}
-				return errDamaged
+				return err
 			}
 			if !o.follow || rep.State != auditlog.Live {
 				return nil

@@ -36,6 +36,8 @@ type tool struct {
 	ids     []age.Identity
 	unread  unread
 	damage  damage
+
+	indexFailed []error // of the index's logs that could not be read
 }
 
 // source is a store that is open for reading.
@@ -61,7 +63,7 @@ prefix. AWS_ENDPOINT_URL, AWS_REGION and AWS_CA_BUNDLE are taken where the flags
 A log that is encrypted is read with --identity; list and show say what they can't read. verify needs none, and checks the content
 too if it has one.
 
-Exit codes: 0 all is well, 1 an error (or nothing found), 2 a log is damaged.`,
+Exit codes: 0 all is well, 1 an error (nothing found, or a log that can't be read), 2 a log is damaged.`,
 		Example: `  sallyport-audit list --store /var/lib/sallyport/log
   sallyport-audit show latest
   sallyport-audit verify /mnt/evidence --key gate.pub

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -225,6 +226,56 @@ func TestIndex(t *testing.T) {
 		run(0, `"from_index":true`, "", "list", "-o", "json", "--index-cache", cache)
 		run(1, "not a cache", "", "list", "--index-cache", nativeAuditor)
 		run(1, "say --index-cache", "", "index", "rebuild")
+	}
+}
+
+// An object of the index that can't be read, or that is gone when it is opened, costs the short cut alone: it is named, and the logs
+// are read.
+func TestIndexUnread(t *testing.T) {
+	for _, to := range []string{os.DevNull, "gone"} { // out of the store, and to nowhere
+		dir := t.TempDir()
+		for _, id := range []string{"s1", "s2"} { // an index log each
+			writeIndexed(t, dir, nil, func(l *auditlog.Log) {
+				session(t, l, id, map[uint32][]auditlog.Body{1: {&auditlog.Request{Type: "exec", Command: []byte("uptime " + id), OK: true}}})
+			})
+		}
+		segments, err := filepath.Glob(filepath.Join(dir, "index/*/*/*/*/*/*.seg"))
+		if err != nil || len(segments) != 2 {
+			t.Fatal(segments, err)
+		}
+		if err := errors.Join(os.Remove(segments[0]), os.Symlink(to, segments[0])); err != nil {
+			t.Fatal(err)
+		}
+		name, err := filepath.Rel(dir, segments[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		damaged := exitError
+		if to == "gone" { // to verify it is missing
+			damaged = exitDamaged
+		}
+		cache := filepath.Join(t.TempDir(), "cache")
+		for _, c := range []struct {
+			code int
+			out  string // how often each of these is in what is printed
+			n    int
+			args []string
+		}{
+			{1, `"from_index":true`, 1, []string{"list", "-o", "json"}},
+			{1, `"commands":["uptime s`, 2, []string{"list", "-o", "json"}},
+			{1, "uptime s2", 1, []string{"list", "--has-command", "s2"}},
+			{0, "uptime s", 2, []string{"list", "--no-index"}},
+			{damaged, "2 sessions, 1 indexed", 1, []string{"index", "status"}},
+			{damaged, "2 logs compared: 0 otherwise in the index, 1 not usable from it", 1, []string{"index", "verify"}},
+			{1, "2 sessions in", 1, []string{"index", "rebuild", "--index-cache", cache}},
+			{1, `"from_index":true`, 2, []string{"list", "-o", "json", "--index-cache", cache}},
+		} {
+			out, errs, code := audit(t, append(c.args, "--store", dir)...)
+			told := strings.Contains(errs, "index: read "+name+": ") && strings.Contains(errs, "the logs are read instead\n")
+			if code != c.code || strings.Count(out, c.out) != c.n || told == (c.code == 0) {
+				t.Errorf("%s, %v: exit code %d\n%s%s", to, c.args, code, out, errs)
+			}
+		}
 	}
 }
 

@@ -76,6 +76,7 @@ func TestVerifyExitCodes(t *testing.T) {
 		{"no kept checkpoint", nil, []string{"--since", "none"}, 1, "no such file"},
 		{"no identity", nil, []string{"--identity", "none"}, 1, "no such file"},
 		{"a segment that can't be read", link, nil, 1, "not all was verified: read sessions/"},
+		{"a segment that can't be read, told", link, nil, 1, "0 damaged, 1 unreadable"},
 		{"a segment that can't be read, and damage", func(dir string) { link(dir); damage(dir) }, nil, 2, "escapes"},
 		{"nothing there", func(dir string) { must(os.RemoveAll(dir)); must(os.Mkdir(dir, 0o700)) }, nil, 1, "there is no log in"},
 		{"a store that is not there", func(dir string) { must(os.RemoveAll(dir)) }, nil, 1, "no such file"},

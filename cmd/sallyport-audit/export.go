@@ -90,7 +90,7 @@ func intoFile(name string, out io.Writer, f func(io.Writer) error) (err error) {
 	w := bufio.NewWriterSize(file, 64<<10)
 	err = f(w)
 	written := errors.Join(w.Flush(), file.Close())
-	if written != nil || err != nil && !errors.Is(err, errDamaged) { // what can be read of a damaged log is kept
+	if written != nil || err != nil { // that a log is damaged is none: what can be read of it is kept
 		return errors.Join(err, written, os.Remove(name))
 	}
 	return err
@@ -102,7 +102,6 @@ func (t *tool) export(ctx context.Context, id string, o *exportOptions, out io.W
 		return err
 	}
 	defer l.Close()
-	damaged := false
 	one := func(log auditlog.Stored, m *summary) error {
 		r := l.reader(log)
 		defer l.count(r, m)
@@ -117,7 +116,6 @@ func (t *tool) export(ctx context.Context, id string, o *exportOptions, out io.W
 		default:
 			err = exportRecording(ctx, l, log, r, o, out)
 		}
-		damaged = t.damage.add(r.Report()) || damaged
 		return errors.Join(err, context.Cause(ctx))
 	}
 	if id != "" {
@@ -130,9 +128,6 @@ func (t *tool) export(ctx context.Context, id string, o *exportOptions, out io.W
 		}
 	} else if err := l.summarizeAll(ctx, o.logs(ctx, l.source), &o.selection, one); err != nil {
 		return err
-	}
-	if damaged {
-		return errDamaged
 	}
 	return nil
 }

@@ -210,14 +210,11 @@ func (t *tool) files(ctx context.Context, id string, s *selection, out io.Writer
 	if t.output == "text" {
 		w = newTable(out, styleOf(out), -1, "TIME", "SESSION", "USER", "WHAT", "PATH", "BYTES", "RESULT", "SHA256")
 	}
-	damaged := false
 	// A session is read once to choose it, and again for its files: they may be more than there is memory for.
 	one := func(log auditlog.Stored, m *summary) error {
 		r := l.reader(log)
 		defer l.count(r, m)
-		err := t.sessionFiles(ctx, r, s.file, w, out)
-		damaged = t.damage.add(r.Report()) || damaged
-		return err
+		return t.sessionFiles(ctx, r, s.file, w, out)
 	}
 	if id != "" {
 		log, err := find(ctx, l, id)
@@ -234,9 +231,6 @@ func (t *tool) files(ctx context.Context, id string, s *selection, out io.Writer
 		if err := w.flush(); err != nil {
 			return err
 		}
-	}
-	if damaged {
-		return errDamaged
 	}
 	return context.Cause(ctx)
 }
@@ -351,9 +345,9 @@ func (t *tool) extract(ctx context.Context, id, path string, e extraction, out i
 			return err
 		}
 		t.countUnread(r.Report())
-		if r.Report().State == auditlog.Damaged && !e.partial {
+		if err := verdict(r.Report().State); err != nil && !e.partial {
 			t.damage.add(r.Report())
-			return errDamaged
+			return err
 		}
 		return nil
 	}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -58,6 +59,28 @@ func TestCompletion(t *testing.T) {
 		out, _, code := audit(t, append([]string{"__complete", "--store", sample}, args...)...)
 		if code != 0 || !strings.Contains(out, c.want) {
 			t.Errorf("%s: code %d %q, want %q", c.args, code, out, c.want)
+		}
+	}
+}
+
+// The archives have the completion for each shell that there is one for.
+func TestReleasedCompletions(t *testing.T) {
+	script, err := os.ReadFile("../../build/release")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, loop, ok := strings.Cut(string(script), "for shell in ")
+	line, _, _ := strings.Cut(loop, ";")
+	released := strings.Fields(line)
+	root := new(tool).command()
+	root.InitDefaultCompletionCmd()
+	c, _, err := root.Find([]string{"completion"})
+	if err != nil || !ok || len(c.Commands()) < 4 {
+		t.Fatal(err, ok, len(c.Commands()))
+	}
+	for _, sub := range c.Commands() {
+		if !slices.Contains(released, sub.Name()) {
+			t.Errorf("%s is in no archive, which have %v", sub.Name(), released)
 		}
 	}
 }

@@ -95,32 +95,37 @@ func (u *unread) err(gave bool) error {
 	return fmt.Errorf("not shown: %d records of %d logs, which are encrypted%s: %s", u.records, u.sessions, to, why)
 }
 
-// damage names the damaged logs of commands whose own output does not tell of them.
+// damage names the logs that are damaged, or can't be read, of commands whose own output does not tell of them.
 type damage struct {
 	mu      sync.Mutex // guards all below
+	worst   error      // errDamaged before errUnreadable
 	reports []auditlog.Report
 	more    int
 }
 
-// maxDamageTold is how many damaged logs are named: verify has all.
+// maxDamageTold is how many such logs are named: verify has all.
 const maxDamageTold = 10
 
-// add takes a log's report once the log is read, and says whether it is damaged.
-func (d *damage) add(rep auditlog.Report) bool {
-	if rep.State != auditlog.Damaged {
-		return false
+// add takes a log's report once the log is read.
+func (d *damage) add(rep auditlog.Report) {
+	err := verdict(rep.State)
+	if err == nil {
+		return
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if !errors.Is(d.worst, errDamaged) {
+		d.worst = err
+	}
 	if len(d.reports) < maxDamageTold {
 		d.reports = append(d.reports, rep)
 	} else {
 		d.more++
 	}
-	return true
 }
 
-func (d *damage) tell(stderr io.Writer) {
+// tell names the logs, and gives the error that they are.
+func (d *damage) tell(stderr io.Writer) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, rep := range d.reports {
@@ -128,11 +133,15 @@ func (d *damage) tell(stderr io.Writer) {
 		if len(rep.Problems) > 0 {
 			why = ": " + clean(rep.Problems[0].String())
 		}
-		fmt.Fprintf(stderr, "sallyport-audit: %s is damaged%s (see verify)\n", dash(clean(rep.ID)), why)
+		if rep.State == auditlog.Unreadable {
+			why += ": it, or a part of it, is not in what was told"
+		}
+		fmt.Fprintf(stderr, "sallyport-audit: %s is %s%s (see verify)\n", dash(clean(rep.ID)), rep.State, why)
 	}
 	if d.more > 0 {
-		fmt.Fprintf(stderr, "sallyport-audit: and %d damaged logs more\n", d.more)
+		fmt.Fprintf(stderr, "sallyport-audit: and %d damaged or unreadable logs more\n", d.more)
 	}
+	return d.worst
 }
 
 // unreadText says what of a log is not shown for want of an identity, "" if all is.

@@ -31,6 +31,7 @@ func (t *tool) index(ctx context.Context, src auditlog.Source, keys []ed25519.Pu
 	if err != nil {
 		return nil, err
 	}
+	t.indexFailed = x.Failed
 	if t.cache == "" {
 		return x, nil
 	}
@@ -46,6 +47,22 @@ func (t *tool) index(ctx context.Context, src auditlog.Source, keys []ed25519.Pu
 		return nil, fmt.Errorf("--index-cache %s: %w", t.cache, err)
 	}
 	return x, nil
+}
+
+// tellIndexFailed says which of the index's logs could not be read, and gives an error if there is one: the list is whole without them,
+// but the store is not as it should be.
+func (t *tool) tellIndexFailed(stderr io.Writer) error {
+	for i, err := range t.indexFailed {
+		if i == maxDamageTold {
+			fmt.Fprintf(stderr, "sallyport-audit: and %d more of the index\n", len(t.indexFailed)-i)
+			break
+		}
+		fmt.Fprintf(stderr, "sallyport-audit: index: %s: its entries are not used, the logs are read instead\n", clean(err.Error()))
+	}
+	if len(t.indexFailed) > 0 {
+		return errSilent
+	}
+	return nil
 }
 
 // indexedSummary is what an entry tells of a session.
@@ -178,7 +195,10 @@ what counts. An encrypted log has to be read for it: give an identity (-i).`,
 					}
 					t.countUnread(r.Report())
 					if !complete {
-						continue // live, damaged or not to be read: verify says so
+						if r.Report().State == auditlog.Unreadable {
+							t.damage.add(r.Report())
+						}
+						continue // live or damaged: verify says so
 					}
 					logs++
 					if _, ok := x.Entry(log); !ok {
@@ -255,6 +275,9 @@ func (t *tool) rebuild(ctx context.Context, src source, keys []ed25519.PublicKey
 				}
 				if e, ok = auditlog.EntryOf(ctx, r); !ok {
 					t.countUnread(r.Report())
+					if r.Report().State == auditlog.Unreadable {
+						t.damage.add(r.Report())
+					}
 					continue
 				}
 			}

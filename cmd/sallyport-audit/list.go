@@ -50,7 +50,7 @@ type summary struct {
 	State    auditlog.State   `json:"state"`
 	Indexed  bool             `json:"from_index,omitempty"`     // the log was not read
 	Unread   uint64           `json:"unread_records,omitempty"` // for want of an identity
-	Report   *auditlog.Report `json:"report,omitempty"`         // of a damaged one
+	Report   *auditlog.Report `json:"report,omitempty"`         // of one that is damaged or unreadable
 
 	hasCommand, hasFile bool // as a selection wants it
 }
@@ -61,10 +61,12 @@ func (t *tool) listCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "list [STORE]", Short: "List the sessions", Args: cobra.MaximumNArgs(1),
 		Long: `List the sessions, in the order of the days on which they began. Flags restrict the list; several values of one flag are
-alternatives. The state is that of the log: sealed (whole), interrupted (the gate was killed; whole as far as it came), live, damaged.
+alternatives. The state is that of the log: sealed (whole), interrupted (the gate was killed; whole as far as it came), live, damaged, unreadable
+(there, and not to be read).
 
 Of those that are marked "(index)" the log was not read: what is told of them, their state too, is what the gate wrote into its index,
-signed. It has a session's last ticket alone. See --no-index, and verify. The exit code is 0 whatever the states are: see verify.`,
+signed. It has a session's last ticket alone. See --no-index, and verify. The exit code is 0 whatever the states are, see
+verify, but for what can't be read: 1.`,
 		Example: `  sallyport-audit list /var/lib/sallyport/log
   sallyport-audit list --user alice --since yesterday
   sallyport-audit list --since 2026-03-01 --until 2026-03-31 --ticket 'OPS-*' -o json
@@ -180,7 +182,7 @@ func (s *summary) finish(rep auditlog.Report) {
 		s.End = s.Start
 	}
 	s.Seconds = s.End.Sub(s.Start).Seconds()
-	if rep.State == auditlog.Damaged {
+	if verdict(rep.State) != nil {
 		s.Report = &rep
 	}
 	if len(s.Tickets) == 1 && s.Tickets[0] == s.Ticket {

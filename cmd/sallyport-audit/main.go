@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,8 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"syscall"
+
+	"github.com/sallyport/sallyport/auditlog"
 )
 
 // version is set by the linker.
@@ -24,6 +27,20 @@ const (
 
 // errDamaged is returned, after the output that says how, when a log is damaged.
 var errDamaged = errors.New("damaged")
+
+// errUnreadable is returned, after the output that says how, when a log could not be read whole.
+var errUnreadable = errors.New("unreadable")
+
+// verdict is the error of a log in its state.
+func verdict(s auditlog.State) error {
+	switch s {
+	case auditlog.Damaged:
+		return errDamaged
+	case auditlog.Unreadable:
+		return errUnreadable
+	}
+	return nil
+}
 
 // memoryLimit is what the collector works to stay below. A log may be of any size; what is kept of it is bounded, and all together
 // shall take less than 200 MiB.
@@ -45,7 +62,8 @@ func exitCode(err error, stderr io.Writer) int {
 		return 0
 	case errors.Is(err, errDamaged):
 		return exitDamaged
-	case errors.Is(err, context.Canceled), errors.Is(err, syscall.EPIPE), errors.Is(err, errNothing), errors.Is(err, errSilent):
+	case errors.Is(err, context.Canceled), errors.Is(err, syscall.EPIPE), errors.Is(err, errNothing), errors.Is(err, errUnreadable),
+		errors.Is(err, errSilent):
 		return exitError
 	}
 	fmt.Fprintln(stderr, "sallyport-audit:", clean(err.Error()))
@@ -66,15 +84,19 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	return t.finish(c.ExecuteContext(ctx), stderr)
 }
 
-// finish says, after a command has ended, what its output does not: which logs are damaged, and what could not be read.
+// finish says, after a command has ended, what its output does not: which logs are damaged, and what could not be read. It is an error if
+// there are such.
 func (t *tool) finish(err error, stderr io.Writer) error {
 	if errors.Is(err, context.Canceled) || errors.Is(err, syscall.EPIPE) {
 		return err // who asked has gone
 	}
-	t.damage.tell(stderr)
+	if worst := t.damage.tell(stderr); worst != nil && (err == nil || errors.Is(err, errNothing) || errors.Is(err, errUnreadable)) {
+		err = worst
+	}
+	index := t.tellIndexFailed(stderr)
 	unread := t.unread.err(len(t.idFiles) > 0)
 	if err == nil {
-		return unread
+		return cmp.Or(unread, index)
 	}
 	if unread != nil {
 		fmt.Fprintln(stderr, "sallyport-audit:", unread)

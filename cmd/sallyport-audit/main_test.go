@@ -246,6 +246,58 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
+// A log of which an object can't be read is told as such, by every command: not as damaged, and not as nothing.
+func TestUnreadable(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS(sample)); err != nil {
+		t.Fatal(err)
+	}
+	names, err := filepath.Glob(filepath.Join(dir, "sessions/*/*/*/sample-0-zstd/00000002.seg"))
+	if err != nil || len(names) != 1 {
+		t.Fatal(names, err)
+	}
+	if err := errors.Join(os.Remove(names[0]), os.Symlink(os.DevNull, names[0])); err != nil { // leads out of the store
+		t.Fatal(err)
+	}
+	damage := strings.NewReplacer(" 0 damaged", "", ".damaged {", "") // of the sum, and of a report's style
+	for _, c := range []struct{ args, want string }{
+		{"verify " + dir, "\nunreadable  sample-0-zstd  "}, {"verify " + dir, "0 damaged, 1 unreadable; keys not pinned"},
+		{"verify sample-0", "unreadable  sample-0-zstd  "}, {"verify -q", "unreadable  sample-0-zstd  "},
+		{"verify -o json", `"state":"unreadable"`}, {"verify -o json", `"unreadable":1`},
+		{"list", "unreadable"}, {"list --state unreadable -o json", `"id":"sample-0-zstd"`}, {"list --state damaged", "sample-0-zstd is unreadable: sessions/"},
+		{"list --user nobody", "sample-0-zstd is unreadable: sessions/"},
+		{"show sample-0", "unreadable: sessions/"}, {"show sample-0 -o json", `"state":"unreadable"`}, {"cat sample-0", "00000002.seg: offset 0: can't be read"},
+		{"commands sample-0", "unreadable: sessions/"},
+		{"report -f markdown", "; 1 logs unreadable"}, {"report sample-0", `<span class="unreadable">`}, {"report sample-0", "Not all of the log could be read"},
+		{"index verify", "sample-0-zstd is unreadable: "},
+	} {
+		out, errs, code := audit(t, append(strings.Fields(c.args), "--store", dir)...)
+		if code != 1 || !strings.Contains(out+errs, c.want) || strings.Contains(damage.Replace(out+errs), "damaged") {
+			t.Errorf("%s: exit code %d, want 1 with %q and no damage\n%s%s", c.args, code, c.want, out, errs)
+		}
+	}
+	for _, args := range []string{"files", "files sample-0", "search nothing-has-this", "search nothing-has-this --user nobody", "export sample-0 -f text", "export -f ocsf",
+		"export -f jsonl --user nobody", "export sample-0 -f asciicast-v3", "play sample-0 --speed 1000", "extract sample-0 /x", "report sample-0", "report", "report --details", "list"} {
+		_, errs, code := audit(t, append(strings.Fields(args), "--store", dir)...)
+		if code != 1 || strings.Count(errs, "sample-0-zstd is unreadable: sessions/") != 1 {
+			t.Errorf("%s: exit code %d\n%s", args, code, errs)
+		}
+	}
+	// What is wrong with another comes first.
+	other, err := filepath.Glob(filepath.Join(dir, "sessions/*/*/*/sample-1-s2/00000001.seg"))
+	if err != nil || len(other) != 1 {
+		t.Fatal(other, err)
+	}
+	if err := os.Truncate(other[0], 100); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range []string{"verify", "files", "search nothing-has-this", "export -f ocsf", "report"} {
+		if out, errs, code := audit(t, append(strings.Fields(args), "--store", dir)...); code != 2 || !strings.Contains(out+errs, "unreadable") {
+			t.Errorf("%s: exit code %d, want 2\n%s%s", args, code, out, errs)
+		}
+	}
+}
+
 // cat -f goes on with what comes, and ends when the session does.
 func TestFollow(t *testing.T) {
 	dir := t.TempDir()

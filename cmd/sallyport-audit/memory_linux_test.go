@@ -348,7 +348,7 @@ func TestMemoryOfBigLog(t *testing.T) {
 				t.Fatal(err)
 			}
 			m := testMemory{tool, []string{"--store", bucketScheme + s3test.Bucket + "/" + s3test.Prefix, "--endpoint", server.Endpoint(), "--credentials-file", credentials}}
-			for _, args := range [][]string{{"list"}, {"search", "needle", "--limit", "0"}, {"verify"}} {
+			for _, args := range [][]string{{"list"}, {"search", "needle", "--limit", "0"}, {"verify"}, {"index", "verify"}} {
 				if got := m.run(t, sha256.New(), args...); got.code != 0 {
 					t.Errorf("%v: code %d %s", args, got.code, got.errs)
 				}

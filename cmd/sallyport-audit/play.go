@@ -107,11 +107,11 @@ func (t *tool) play(ctx context.Context, id string, o playOptions, stdin io.Read
 	}
 	err = p.run(ctx)
 	t.countUnread(p.report)
-	switch {
-	case errors.Is(err, errQuit):
+	if errors.Is(err, errQuit) {
 		return nil
-	case err == nil && t.damage.add(p.report):
-		return errDamaged
+	}
+	if err == nil {
+		t.damage.add(p.report)
 	}
 	return err
 }

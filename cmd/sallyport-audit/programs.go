@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"fmt"
@@ -481,14 +482,11 @@ func (t *tool) commands(ctx context.Context, id string, out io.Writer) error {
 			}
 			all.tell(w, clock)
 			for _, p := range rep.Problems {
-				w.line("damaged: %s", clean(p.String()))
+				w.line("%s: %s", rep.State, clean(p.String()))
 			}
 			err = w.err
 		}
-		if err == nil && rep.State == auditlog.Damaged {
-			err = errDamaged
-		}
-		return err
+		return cmp.Or(err, verdict(rep.State))
 	})
 }
 

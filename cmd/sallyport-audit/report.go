@@ -91,9 +91,9 @@ type reportRow struct {
 
 // reportSum is what stands after the table.
 type reportSum struct {
-	Sessions, Alerts, Damaged, Users int
-	Unread                           int // sessions of which not all could be read
-	States                           []pair
+	Sessions, Alerts, Users int
+	Unread                  int // sessions of which not all could be read
+	States                  []pair
 }
 
 // reportSession is one session in full. All text is cleaned.
@@ -137,13 +137,11 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 		w = &markdownReport{w: out}
 	}
 	head := t.reportHead(id, o)
-	damaged := false
 	full := func(log auditlog.Stored, m *summary) error {
 		s, err := t.reportSession(ctx, l, log, m)
 		if err != nil {
 			return err
 		}
-		damaged = damaged || s.State == string(auditlog.Damaged)
 		return w.session(s)
 	}
 	if id != "" {
@@ -164,8 +162,7 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 		err := l.summarizeAll(ctx, o.logs(ctx, l.source), &o.selection, func(_ auditlog.Stored, m *summary) error {
 			sum.Sessions++
 			sum.Alerts += int(m.Alerts)
-			if states[m.State]++; m.State == auditlog.Damaged {
-				sum.Damaged++
+			if states[m.State]++; m.State == auditlog.Damaged { // summarizeAll has told of those that can't be read
 				t.damage.add(*m.Report)
 			}
 			if m.Unread > 0 {
@@ -179,9 +176,8 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 		if err != nil {
 			return err
 		}
-		damaged = sum.Damaged > 0
 		sum.Users = len(users)
-		for _, s := range []auditlog.State{auditlog.Sealed, auditlog.Interrupted, auditlog.Live, auditlog.Damaged} {
+		for _, s := range []auditlog.State{auditlog.Sealed, auditlog.Interrupted, auditlog.Live, auditlog.Damaged, auditlog.Unreadable} {
 			if states[s] > 0 {
 				sum.States = append(sum.States, pair{string(s), fmt.Sprint(states[s])})
 			}
@@ -190,6 +186,7 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 			return err
 		}
 		if o.details { // read again: a period may have more sessions than memory
+			l.again = true
 			err := l.summarizeAll(ctx, o.logs(ctx, l.source), &o.selection, full)
 			if err != nil {
 				return err
@@ -198,9 +195,6 @@ func (t *tool) report(ctx context.Context, id string, o *reportOptions, out io.W
 		if err := w.end(); err != nil {
 			return err
 		}
-	}
-	if damaged {
-		return errDamaged
 	}
 	return nil
 }
@@ -270,10 +264,9 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, 
 	})
 	var clockFile func(time.Time) string
 	r := l.reader(log)
-	defer l.count(r, m)
 	defer func() {
 		if m == nil { // else its row has told
-			t.damage.add(r.Report())
+			l.count(r, nil)
 		}
 	}()
 	for rec := range r.Records(ctx) {
@@ -341,6 +334,8 @@ func (t *tool) reportFacts(s *reportSession, a *account) {
 		s.StateNote = "The gate was killed. The log is whole as far as the gate came, and was sealed by its next start."
 	case auditlog.Live:
 		s.StateNote = "The log has no end yet: the session goes on, or its newest segments are missing."
+	case auditlog.Unreadable:
+		s.StateNote = "Not all of the log could be read, which says nothing against it. What is told here is what could be."
 	default:
 		s.StateNote = "The log is damaged. What is told here is what can still be read of it."
 	}

@@ -122,10 +122,10 @@ func (o *searchOptions) matcher(text string) (func(string) (from, to int), error
 
 // searched is what was found in a session.
 type searched struct {
-	id      string
-	hits    []hit
-	more    int // that had no room
-	damaged bool
+	id     string
+	hits   []hit
+	more   int // that had no room
+	report auditlog.Report
 }
 
 func (t *tool) search(ctx context.Context, match func(string) (int, int), o *searchOptions, out, stderr io.Writer) error {
@@ -137,7 +137,7 @@ func (t *tool) search(ctx context.Context, match func(string) (int, int), o *sea
 	p := newProgress(out, stderr)
 	defer p.clear()
 	st := styleOf(out)
-	found, begun, damaged := 0, 0, false
+	found, begun := 0, 0
 	most := maxSessionHits
 	if o.limit > 0 {
 		most = min(most, o.limit)
@@ -146,12 +146,9 @@ func (t *tool) search(ctx context.Context, match func(string) (int, int), o *sea
 		r := l.reader(log)
 		s := searchLog(ctx, r, match, o, most)
 		t.countUnread(r.Report())
-		if s.damaged {
-			t.damage.add(r.Report())
-		}
 		return s
 	}, func(s searched) error {
-		damaged = damaged || s.damaged
+		t.damage.add(s.report)
 		for _, h := range s.hits {
 			p.clear()
 			if err := t.printHit(out, st, h); err != nil {
@@ -173,10 +170,7 @@ func (t *tool) search(ctx context.Context, match func(string) (int, int), o *sea
 	case err != nil:
 		return err
 	}
-	switch {
-	case damaged:
-		return errDamaged
-	case found == 0:
+	if found == 0 {
 		if begun == 0 && o.id == "" {
 			o.tellEmpty(stderr, orStore(t.store))
 		}
@@ -236,10 +230,13 @@ func searchLog(ctx context.Context, r *auditlog.SessionReader, match func(string
 	}
 	lines.finish()
 	m.finish(r.Report())
-	s.id, s.damaged = m.ID, m.State == auditlog.Damaged
 	if o.id == "" && !o.match(m) {
+		if m.State == auditlog.Unreadable { // what is asked for may be in it
+			return searched{report: *m.Report}
+		}
 		return searched{}
 	}
+	s.id, s.report = m.ID, r.Report()
 	// A line is known when it is gone from the screen, not when it came: hits are in the order of their times.
 	slices.SortStableFunc(s.hits, func(a, b hit) int { return a.Time.Compare(b.Time) })
 	for i := range s.hits {

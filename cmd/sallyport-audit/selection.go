@@ -41,7 +41,7 @@ func (s *selection) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&s.images, "image", nil, "only in a sandbox of this `image`, by its name or digest")
 	f.StringSliceVar(&s.profiles, "session-profile", nil, "only under this `profile` of policy")
 	f.StringSliceVar(&s.causes, "cause", nil, "only that ended by this `cause`: expired, revoked, idle, client-left, ...")
-	f.StringSliceVar(&s.states, "state", nil, "only logs in this `state`: sealed, interrupted, live, damaged")
+	f.StringSliceVar(&s.states, "state", nil, "only logs in this `state`: sealed, interrupted, live, damaged, unreadable")
 	f.StringVar(&s.since, "since", "", "only sessions that began at or after this `time`: 2026-03-01, \"2026-03-01 14:00\", RFC 3339, 90m, 2d, 1w, today, yesterday")
 	f.StringVar(&s.until, "until", "", "only sessions that began before this `time`; a day alone is included")
 	f.StringVar(&s.command, "has-command", "", "only with a command or program that has this `text` (* and ? as above)")
@@ -95,8 +95,8 @@ func (s *selection) prepare(now time.Time, loc *time.Location) (err error) {
 		s.networks = append(s.networks, p.Masked())
 	}
 	for _, v := range s.states {
-		if !slices.Contains([]auditlog.State{auditlog.Sealed, auditlog.Interrupted, auditlog.Live, auditlog.Damaged}, auditlog.State(v)) {
-			return fmt.Errorf("--state %q: want sealed, interrupted, live or damaged", v)
+		if !slices.Contains([]auditlog.State{auditlog.Sealed, auditlog.Interrupted, auditlog.Live, auditlog.Damaged, auditlog.Unreadable}, auditlog.State(v)) {
+			return fmt.Errorf("--state %q: want sealed, interrupted, live, damaged or unreadable", v)
 		}
 	}
 	return nil

@@ -25,6 +25,7 @@ type logs struct {
 	keys  []ed25519.PublicKey
 	ids   []age.Identity
 	index *auditlog.Index // nil: logs are read, whatever the store's index has
+	again bool            // a second time: what can't be read has been told
 }
 
 // openLogs opens the store at, or that of the flags if that is empty.
@@ -156,6 +157,9 @@ func (l *logs) summarizeAll(ctx context.Context, all iter.Seq2[auditlog.Stored, 
 	err := each(ctx, all, func(ctx context.Context, log auditlog.Stored) found {
 		return found{log, l.summary(ctx, log, s)}
 	}, func(f found) error {
+		if f.sum.State == auditlog.Unreadable && !l.again { // whatever is asked for: it may be in it
+			l.t.damage.add(*f.sum.Report)
+		}
 		if !s.match(f.sum) {
 			return nil
 		}
@@ -173,10 +177,13 @@ func (l *logs) summarizeAll(ctx context.Context, all iter.Seq2[auditlog.Stored, 
 	return err
 }
 
-// count takes note of what of a log could not be read for want of an identity; not again, if that was done when it was chosen.
+// count takes note of what of a log could not be read, and of damage; not again, if that was done when it was chosen.
 func (l *logs) count(r *auditlog.SessionReader, chosen *summary) {
 	if chosen == nil {
 		l.t.countUnread(r.Report())
+	}
+	if chosen == nil || chosen.State != auditlog.Unreadable {
+		l.t.damage.add(r.Report())
 	}
 }
 

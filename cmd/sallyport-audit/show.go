@@ -102,10 +102,7 @@ func (t *tool) show(ctx context.Context, id string, out io.Writer) error {
 			t.tell(w, a)
 			err = w.err
 		}
-		if err == nil && a.State == auditlog.Damaged {
-			err = errDamaged
-		}
-		return err
+		return cmp.Or(err, verdict(a.State))
 	})
 }
 
@@ -246,10 +243,10 @@ func (t *tool) tell(w *textWriter, a *account) {
 		c.tellStreams(w)
 	}
 	for _, p := range a.report.Problems {
-		w.line("damaged: %s", clean(p.String()))
+		w.line("%s: %s", a.State, clean(p.String()))
 	}
 	if a.report.More > 0 {
-		w.line("damaged: %d problems more", a.report.More)
+		w.line("%s: %d problems more", a.State, a.report.More)
 	}
 }
 

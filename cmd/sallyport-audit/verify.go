@@ -136,7 +136,7 @@ func (t *tool) verify(ctx context.Context, arg string, o verifyOptions, out, std
 	defer p.end()
 	options.Progress = p.show
 	options.Log = func(rep auditlog.Report) error {
-		if o.quiet && rep.State != auditlog.Damaged {
+		if o.quiet && verdict(rep.State) == nil {
 			return nil
 		}
 		p.end()
@@ -297,7 +297,7 @@ func (t *tool) printTree(out io.Writer, tr verify.Tree) error {
 	case len(tr.Problems) > 0:
 		state = "damaged"
 	case tr.Unread:
-		state = "not read"
+		state = string(auditlog.Unreadable)
 	}
 	newest := "no checkpoint"
 	if !tr.Newest.IsZero() {
@@ -330,6 +330,9 @@ func (t *tool) printSummary(out io.Writer, sum verify.Summary, all bool) error {
 	if all {
 		fmt.Fprintf(&b, "%d logs: %d sealed, %d interrupted, %d live, %d damaged", sum.Total(), sum.Logs[auditlog.Sealed],
 			sum.Logs[auditlog.Interrupted], sum.Logs[auditlog.Live], sum.Logs[auditlog.Damaged])
+		if n := sum.Logs[auditlog.Unreadable]; n > 0 {
+			fmt.Fprintf(&b, ", %d unreadable", n)
+		}
 		if sum.Unpinned {
 			b.WriteString("; keys not pinned: see --key")
 		}

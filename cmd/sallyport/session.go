@@ -131,8 +131,8 @@ func sessionCommand() *cobra.Command {
 	all := false
 	list := &cobra.Command{
 		Use: "list", Short: "List running sessions", Args: cobra.NoArgs,
-		Long: `List running sessions: this gate's, with --all those of all gates on the cluster, as their pods show them. A session that has joined
-a target has no pod of its own: only its own gate lists it.`,
+		Long: `List running sessions: this gate's, with --all those of all gates on the cluster, as their pods show them, and the containers of those
+that have joined a target.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := client()
 			if err != nil {
@@ -174,7 +174,7 @@ a target has no pod of its own: only its own gate lists it.`,
 	end := &cobra.Command{
 		Use: "end ID", Short: "End a running session, on Kubernetes also another gate's", Args: cobra.ExactArgs(1),
 		Long: `End a running session, on Kubernetes also another gate's, by removing its pod. A session that has joined a target has no pod of its
-own: only its own gate ends it.`,
+own: only its own gate ends it, which list --all names.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := client()
 			if err != nil {

@@ -17,6 +17,8 @@ import (
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
+
+	"github.com/sallyport/sallyport/test/ports"
 )
 
 // The environment: where the server's binary is, and that tests may not be skipped for want of it.
@@ -89,14 +91,11 @@ func start(s *Server) (*Server, error) {
 	if info, err := os.Stat(binary); binary == "" || err != nil || info.IsDir() {
 		return nil, ErrNoBinary
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := ports.Take()
 	if err != nil {
 		return nil, err
 	}
-	s.binary, s.addr = binary, l.Addr().String()
-	if err := l.Close(); err != nil {
-		return nil, err
-	}
+	s.binary, s.addr = binary, fmt.Sprintf("127.0.0.1:%d", port)
 	for _, d := range []string{"data", "iam", "sidecar", "versions"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil {
 			return nil, err
