@@ -270,8 +270,9 @@ func (l *Log) Stats() Stats {
 	return s
 }
 
-// seal renames a finished segment and hands it to the uploader once its name is durable.
-func (l *Log) seal(w *segmentWriter, last bool) error {
+// seal renames a finished segment and hands it to the uploader once its name is durable. leaf is its log's, nil if another segment
+// follows.
+func (l *Log) seal(w *segmentWriter, leaf *Leaf) error {
 	err := w.rename()
 	if err == nil {
 		err = l.disk.SyncDir(l.cfg.Spool)
@@ -280,7 +281,7 @@ func (l *Log) seal(w *segmentWriter, last bool) error {
 		l.spoolFailed(err)
 		return err
 	}
-	l.uploads.add(w.header.ID, upload{number: w.header.Number, name: w.header.Name().String(), size: w.size, last: last})
+	l.uploads.add(w.header.ID, upload{number: w.header.Number, name: w.header.Name().String(), size: w.size, last: leaf != nil, leaf: leaf})
 	return nil
 }
 

@@ -116,6 +116,9 @@ func TestNotClosedAside(t *testing.T) {
 				last = max(last, name)
 			}
 		}
+		if last == "" {
+			return false // it was closed before it had said anything
+		}
 		c, err := tlog.ParseCheckpoint(store.source()[last])
 		must(t, err)
 		return c.Closed

@@ -146,18 +146,22 @@ func (l *Log) emptied() (bool, error) {
 }
 
 // enter adds a log to the transparency log once its last segment is in the store. The segment is in the spool until its leaf is
-// durable, so none is forgotten.
-func (l *Log) enter(f *os.File, name string) error {
+// durable, so none is forgotten. What this run sealed is entered as it was written, without reading and hashing it once more.
+func (l *Log) enter(f *os.File, s upload) error {
 	if l.tree == nil {
 		return nil
 	}
-	leaf, last, err := leafOf(f)
-	if err != nil {
-		l.log.Error("audit log: segment in the spool is damaged, and gets no leaf", "segment", name, "error", err)
-		return nil
-	}
-	if !last {
-		return nil
+	leaf := s.leaf
+	if leaf == nil {
+		read, last, err := leafOf(f)
+		if err != nil {
+			l.log.Error("audit log: segment in the spool is damaged, and gets no leaf", "segment", s.name, "error", err)
+			return nil
+		}
+		if !last {
+			return nil
+		}
+		leaf = &read
 	}
 	b, err := leaf.Encode()
 	if err != nil {

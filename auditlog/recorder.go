@@ -762,7 +762,7 @@ func (r *Recorder) cutSegment() error {
 	r.sealed += old.size
 	r.w = next
 	r.dirty = time.Time{}
-	if err := l.seal(old, false); err != nil {
+	if err := l.seal(old, nil); err != nil {
 		return err
 	}
 	r.allSynced()
@@ -771,15 +771,16 @@ func (r *Recorder) cutSegment() error {
 
 // finish seals the log.
 func (r *Recorder) finish() {
-	before := r.w.size
-	whole, err := r.w.finish(r.log.key, r.log.wall(), true, false)
+	before, now := r.w.size, r.log.wall()
+	whole, err := r.w.finish(r.log.key, now, true, false)
 	r.log.used.Add(r.w.size - before)
 	if err != nil {
 		r.log.spoolFailed(err)
 		r.fail(err)
 		return
 	}
-	if err := r.log.seal(r.w, true); err != nil {
+	leaf := &Leaf{Dir: r.w.header.Name().Dir(), Segments: r.w.header.Number + 1, Records: r.w.next, Hash: whole, Sealed: now}
+	if err := r.log.seal(r.w, leaf); err != nil {
 		r.fail(err)
 		return
 	}

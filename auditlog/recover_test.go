@@ -2,11 +2,15 @@ package auditlog_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/sallyport/sallyport/auditlog"
@@ -167,5 +171,33 @@ func TestKeys(t *testing.T) {
 	// As `openssl pkey -pubout -outform DER | tail -c 32 | sha256sum` gives it for 32 zeros.
 	if got := auditlog.Fingerprint(make([]byte, 32)); got != "SHA256:Zmh6rfhivXdsj8GLjp+OIAiXFIVu4jOzkCpZHQ1fKSU" {
 		t.Errorf("fingerprint %s", got)
+	}
+}
+
+// spoiler is a store under which a segment's file is spoilt in the spool once its bytes are taken.
+type spoiler struct{ shelf }
+
+func (s *spoiler) Put(ctx context.Context, name string, r io.Reader, size int64) error {
+	if err := s.shelf.Put(ctx, name, r, size); err != nil || !strings.HasPrefix(name, auditlog.SessionPrefix) {
+		return err
+	}
+	return os.WriteFile(r.(*os.File).Name(), make([]byte, size), 0o600)
+}
+
+// A log's leaf is of what the gate wrote, not of what its file says after.
+func TestLeafOfWhatWasWritten(t *testing.T) {
+	store := &spoiler{shelf{objects: make(map[string][]byte)}}
+	l, err := auditlog.Open(t.Context(), powerConfig(t.TempDir()), testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+	must(t, err)
+	r := l.New("s1")
+	login(t, r)
+	must(t, r.Begin())
+	must(t, r.Close(&auditlog.End{Cause: "client-left"}))
+	closeLog(t, l)
+	if !hasLeaf(store.source(), "s1") {
+		t.Error("no leaf")
+	}
+	if err := checkTree(store.source(), nil, 1); err != nil {
+		t.Error(err)
 	}
 }

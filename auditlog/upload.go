@@ -34,6 +34,7 @@ type upload struct {
 	name   string
 	size   int64
 	last   bool      // no segment of its log follows
+	leaf   *Leaf     // of its log, if it is the last; nil: as its file says
 	skip   int64     // bytes of the file before the object's, of one that is no segment
 	since  time.Time // it waits
 }
@@ -266,7 +267,7 @@ func (u *uploader) put(id string, s upload) error {
 		return fmt.Errorf("upload %s: %w", s.name, err)
 	}
 	if s.skip == 0 {
-		if err := u.l.enter(f, s.name); err != nil {
+		if err := u.l.enter(f, s); err != nil {
 			return fmt.Errorf("upload %s: %w", s.name, err)
 		}
 	}

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -275,6 +277,28 @@ func caFileOf(t *testing.T, server *httptest.Server) string {
 	return file
 }
 
+// What was altered on its way is refused, locked or not, and nothing of it is stored.
+func TestAlteredOnTheWay(t *testing.T) {
+	server := startBy(t, s3test.StartLocked)
+	proxy, _ := record(t, server.Endpoint(), func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodPut {
+			r.Body = io.NopCloser(strings.NewReader("onE"))
+		}
+		return false
+	})
+	for _, retention := range []Retention{{}, {Mode: "compliance", Days: 1}} {
+		cfg := config(t, server, s3test.Root, "/altered")
+		cfg.Retention = retention
+		through := cfg
+		through.Endpoint, through.CAFile = proxy.URL, caFileOf(t, proxy)
+		err := storeOf(t, through).Put(t.Context(), "sessions/a"+retention.Mode, strings.NewReader("one"), 3)
+		if err == nil || code(err) == "" {
+			t.Errorf("%+v: %v", retention, err)
+		}
+		put(t, storeOf(t, cfg), "sessions/a"+retention.Mode, "one") // its name is free
+	}
+}
+
 // The server's encryption is asked for as configured; what the server makes of it is its own. A customer's key goes with each
 // request, also of who reads.
 func TestSSE(t *testing.T) {
@@ -304,7 +328,9 @@ func TestSSE(t *testing.T) {
 				t.Errorf("%s: %s is %q, want %q", name, k, h.Get(k), v)
 			}
 		}
-		if h.Get("If-None-Match") != "*" || h.Get("Content-Md5") == "" {
+		sum := sha256.Sum256([]byte("one"))
+		if h.Get("If-None-Match") != "*" || h.Get("X-Amz-Content-Sha256") != hex.EncodeToString(sum[:]) ||
+			h.Get("X-Amz-Checksum-Sha256") != base64.StdEncoding.EncodeToString(sum[:]) {
 			t.Errorf("%s: %v", name, h)
 		}
 		t.Logf("%s: the server says %v", name, err)

@@ -3,7 +3,6 @@ package s3
 import (
 	"bytes"
 	"context"
-	"crypto/md5" // S3 checks what arrives by it; nothing is trusted for it
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -24,9 +23,9 @@ const conflictTries = 5
 
 // Store puts objects into a bucket. Safe for concurrent use.
 //
-// An object is one PutObject with If-None-Match: *, so that nothing is ever overwritten, with its MD5 and, signed, its
-// SHA-256, so that what arrives is what was sent. A server that does not know If-None-Match must be told otherwise to
-// keep what it has: by versioning, or an object lock.
+// An object is one PutObject with If-None-Match: *, so that nothing is ever overwritten, with its SHA-256, signed, so that what
+// arrives is what was sent. A server that does not know If-None-Match must be told otherwise to keep what it has: by
+// versioning, or an object lock.
 type Store struct {
 	b         *bucket
 	log       *slog.Logger
@@ -116,11 +115,13 @@ func (s *Store) Check(ctx context.Context, gate string) error {
 func (s *Store) send(ctx context.Context, name string, o *object) (taken bool, err error) {
 	// The content's SHA-256 is given, not left out: without this option a connection in the clear would get signed chunks.
 	opts := minio.PutObjectOptions{ContentType: "application/octet-stream", DisableContentSha256: true}
+	// S3 wants a checksum where it locks objects. Content-MD5 would do, and cost twice what the SHA-256 does, which is there anyway.
+	opts.UserMetadata = map[string]string{"X-Amz-Checksum-Sha256": base64.StdEncoding.EncodeToString(o.sha256[:])}
 	opts.SetMatchETagExcept("*")
 	opts.ServerSideEncryption = s.b.ssePut
 	s.retention.set(&opts, time.Now())
 	for try := 1; ; try++ {
-		_, err = s.b.core.PutObject(ctx, s.b.name, s.b.prefix+name, o.reader(), o.size, o.md5,
+		_, err = s.b.core.PutObject(ctx, s.b.name, s.b.prefix+name, o.reader(), o.size, "",
 			hex.EncodeToString(o.sha256[:]), opts)
 		switch code(err) {
 		case "PreconditionFailed":
@@ -165,17 +166,16 @@ type object struct {
 	at     io.ReaderAt
 	size   int64
 	sha256 auditlog.Hash
-	md5    string
 }
 
-// newObject reads r once for its hashes. What can be read at an offset, such as a file, is not kept in memory.
+// newObject reads r once for its hash. What can be read at an offset, such as a file, is not kept in memory.
 func newObject(r io.Reader, size int64) (*object, error) {
 	if size < 0 || size > auditlog.MaxSegmentBytes {
 		return nil, fmt.Errorf("an object of %d bytes", size)
 	}
 	o := &object{size: size}
-	sha, sum := sha256.New(), md5.New()
-	to := io.MultiWriter(sha, sum)
+	sha := sha256.New()
+	var to io.Writer = sha
 	seeker, seeks := r.(io.Seeker)
 	at, reads := r.(io.ReaderAt)
 	var kept bytes.Buffer
@@ -186,7 +186,7 @@ func newObject(r io.Reader, size int64) (*object, error) {
 		}
 		o.at = io.NewSectionReader(at, start, size)
 	} else {
-		to = io.MultiWriter(to, &kept)
+		to = io.MultiWriter(sha, &kept)
 	}
 	n, err := io.Copy(to, io.LimitReader(r, size+1))
 	if err != nil {
@@ -199,7 +199,6 @@ func newObject(r io.Reader, size int64) (*object, error) {
 		o.at = bytes.NewReader(kept.Bytes())
 	}
 	sha.Sum(o.sha256[:0])
-	o.md5 = base64.StdEncoding.EncodeToString(sum.Sum(nil))
 	return o, nil
 }
 

@@ -248,6 +248,7 @@ func (b *Backend) prepare(ctx context.Context) error {
 		}
 	} else {
 		b.agent, err = installAgent(b.file, filepath.Join(b.config.StateDir, agentDir))
+		b.file.content = nil // the copy stays; a volume, which may be removed, is filled again from memory
 	}
 	if err != nil {
 		return fmt.Errorf("install the agent: %w", err)

@@ -26,7 +26,7 @@ const agentLimit = 64 << 20
 
 // agentFile is the agent, and its SHA-256.
 type agentFile struct {
-	content []byte
+	content []byte // nil once it is installed where only this gate can remove it
 	hash    string
 }
 

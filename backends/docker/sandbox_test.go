@@ -683,6 +683,16 @@ func TestLongStateDir(t *testing.T) {
 	}
 }
 
+// The agent's 6 MB stay in memory only where a volume may have to be filled with them again.
+func TestAgentNotKept(t *testing.T) {
+	for transport, keeps := range map[string]bool{transportSocket: false, transportRelay: true} {
+		b := newBackend(t, func(c *Config) { c.Transport = transport })
+		if got := len(b.file.content) > 0; got != keeps {
+			t.Errorf("%s: the agent's file is in memory: %v, want %v", transport, got, keeps)
+		}
+	}
+}
+
 func TestReady(t *testing.T) {
 	b := newBackend(t, nil)
 	if err := b.Ready(context.Background()); err != nil {
