@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -275,6 +276,36 @@ func caFileOf(t *testing.T, server *httptest.Server) string {
 		t.Fatal(err)
 	}
 	return file
+}
+
+// A server may say that a name is taken while another's object of that name can't be read yet, or when it went no further: the name is
+// tried again, and not for ever.
+func TestTakenAndNotThere(t *testing.T) {
+	server := startBy(t, s3test.StartLocked)
+	var refuse atomic.Int64
+	proxy, seen := record(t, server.Endpoint(), func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodPut || refuse.Add(-1) < 0 {
+			return false
+		}
+		w.WriteHeader(http.StatusPreconditionFailed)
+		io.WriteString(w, "<Error><Code>PreconditionFailed</Code></Error>")
+		return true
+	})
+	cfg := config(t, server, s3test.Root, "/taken")
+	through := cfg
+	through.Endpoint, through.CAFile = proxy.URL, caFileOf(t, proxy)
+	store := storeOf(t, through)
+	refuse.Store(2)
+	put(t, store, "sessions/a", "one")
+	put(t, storeOf(t, cfg), "sessions/a", "one") // the same is there
+	refuse.Store(1000)
+	before := len(seen.headers)
+	if err := store.Put(t.Context(), "sessions/b", strings.NewReader("one"), 3); code(err) != "NoSuchKey" {
+		t.Errorf("%v", err)
+	}
+	if n := len(seen.headers) - before; n != 2*conflictTries {
+		t.Errorf("%d requests", n)
+	}
 }
 
 // What was altered on its way is refused, locked or not, and nothing of it is stored.

@@ -80,6 +80,16 @@ func (s *Store) putOnce(ctx context.Context, name string, r io.Reader, size int6
 		return err
 	}
 	same, err := s.same(ctx, name, o)
+	for try := 1; code(err) == "NoSuchKey" && try < conflictTries; try++ {
+		// Another is just putting it: some servers say so before it can be read. Or it failed, and the name is free again.
+		if err := pause(ctx, try); err != nil {
+			return err
+		}
+		if taken, err = s.send(ctx, name, o); err != nil || !taken {
+			return err
+		}
+		same, err = s.same(ctx, name, o)
+	}
 	switch {
 	case code(err) == "AccessDenied":
 	case err != nil:
@@ -130,16 +140,24 @@ func (s *Store) send(ctx context.Context, name string, o *object) (taken bool, e
 			return false, fmt.Errorf("the server can't put without overwriting (If-None-Match): %w", err)
 		case "ConditionalRequestConflict", "OperationAborted":
 			if try < conflictTries {
-				select {
-				case <-time.After(time.Duration(try) * 50 * time.Millisecond):
-					continue
-				case <-ctx.Done():
-					return false, context.Cause(ctx)
+				if err := pause(ctx, try); err != nil {
+					return false, err
 				}
+				continue
 			}
 		}
 		s.b.renew(err)
 		return false, err
+	}
+}
+
+// pause waits before another try.
+func pause(ctx context.Context, try int) error {
+	select {
+	case <-time.After(time.Duration(try) * 50 * time.Millisecond):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
