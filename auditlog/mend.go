@@ -51,8 +51,10 @@ func (l *Log) mendLoop() {
 	}
 }
 
-// mendLogs tries to seal the logs that are noted, as a start does. A log that is being written is none of them.
+// mendLogs tries to seal the logs that are noted, as a start does. A log that is being written is none of them. Files that could not be
+// read are looked at once more.
 func (l *Log) mendLogs() {
+	l.uploads.lookUnread()
 	l.mu.Lock()
 	todo := make(map[string]unsealed, len(l.unsealed))
 	for id, u := range l.unsealed {

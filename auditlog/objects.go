@@ -129,7 +129,7 @@ func (l *Log) closeTree(ctx context.Context) error {
 	}
 	err = l.tree.Close(all)
 	last := newUploader(l)
-	last.overflow = true // looks at the spool
+	last.overflow, last.objects = true, true // looks at the spool
 	last.start()
 	last.close(ctx)
 	return err

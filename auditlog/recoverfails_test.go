@@ -1,15 +1,19 @@
 package auditlog_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
 )
@@ -45,6 +49,110 @@ func interruptedSpool(t *testing.T, open bool) map[string][]byte {
 	m, names = one(t, "zstd")
 	spool[file("sample-0-zstd", 0, ".part")] = headerOf(m[names[0]])
 	return spool
+}
+
+// mendedDisk has a file whose reads fail until it is mended.
+type mendedDisk struct {
+	unreadableDisk
+	mended *atomic.Bool
+}
+
+func (d mendedDisk) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskFile, error) {
+	if d.mended.Load() {
+		return d.OSDisk.OpenFile(name, flag, perm)
+	}
+	return d.unreadableDisk.OpenFile(name, flag, perm)
+}
+
+// slowShelf is a store on which the objects of a name wait.
+type slowShelf struct {
+	shelf
+	name string
+	hold chan struct{}
+}
+
+func (s *slowShelf) Put(ctx context.Context, name string, r io.Reader, size int64) error {
+	if strings.HasSuffix(name, "sample-2-none/"+s.name) {
+		<-s.hold
+	}
+	return s.shelf.Put(ctx, name, r, size)
+}
+
+// A sealed segment that can't be read for a while is stored once it can, by the same gate, or by the next one, which takes the log for
+// what it is: its last segment has not gone ahead.
+func TestUnreadForAWhile(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		hold := make(chan struct{})
+		store := &slowShelf{shelf{objects: make(map[string][]byte)}, "00000001.seg", hold}
+		cfg := endConfig(t.TempDir())
+		cfg.Tree = filepath.Join(t.TempDir(), "tree")
+		if restart {
+			cfg.SetMendEvery(time.Hour)
+		} else {
+			cfg.SetMendEvery(time.Millisecond)
+		}
+		m, names := one(t, "none")
+		spool := make(map[string][]byte)
+		for i, name := range names {
+			spool[fmt.Sprintf("sample-2-none.%08d.seg", i)] = m[name]
+		}
+		writeSpool(t, cfg.Spool, spool)
+		var mended atomic.Bool
+		l, err := auditlog.OpenOn(t.Context(), mendedDisk{unreadableDisk{name: "sample-2-none.00000000.seg"}, &mended}, cfg, testKey, store, "gate-1",
+			slog.New(slog.DiscardHandler))
+		must(t, err)
+		gone := func(i int) func() bool {
+			return func() bool {
+				_, err := os.Stat(filepath.Join(cfg.Spool, fmt.Sprintf("sample-2-none.%08d.seg", i)))
+				return err != nil
+			}
+		}
+		if len(names) < 3 {
+			t.Fatalf("%d segments", len(names))
+		}
+		endSessions(t, l, "after", 1) // others go on
+		if !restart {
+			// What can be read now goes behind what is on its way, and is not forgotten.
+			mended.Store(true)
+			for range 3 { // looks: each removes what a probe left
+				probe := filepath.Join(cfg.Spool, "left.probe")
+				must(t, os.WriteFile(probe, nil, 0o600))
+				waitFor(t, func() bool {
+					_, err := os.Stat(probe)
+					return err != nil
+				})
+			}
+			if gone(0)() || gone(1)() || gone(len(names)-1)() {
+				t.Error("stored out of turn")
+			}
+		}
+		close(hold)
+		if restart {
+			waitFor(t, gone(1))
+		}
+		if restart && (gone(0)() || gone(len(names)-1)()) {
+			t.Error("the last segment went ahead of one that could not be read")
+		}
+		mended.Store(true)
+		if restart {
+			closeLog(t, l) // and what can be read now does not hold it up
+			l, err = auditlog.OpenOn(t.Context(), unreadableDisk{}, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+			must(t, err)
+		}
+		waitFor(t, gone(len(names)-1))
+		closeLog(t, l)
+		if len(store.refused) > 0 {
+			t.Errorf("put again otherwise: %v", store.refused)
+		}
+		for _, s := range logs(t, store.source(), auditlog.SessionPrefix) {
+			if _, rep := readAll(t, store.source(), s); rep.State != auditlog.Sealed {
+				t.Errorf("%s: %s %v", rep.ID, rep.State, rep.Problems)
+			}
+		}
+		if !hasLeaf(store.source(), "sample-2-none") {
+			t.Error("no leaf")
+		}
+	}
 }
 
 // A file that can't be read, or a disk on which nothing can be written, keeps no gate from its start and no other log from the

@@ -34,10 +34,8 @@ func (d *shakyDisk) fails() error {
 }
 
 func (d *shakyDisk) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.DiskFile, error) {
-	if flag&os.O_CREATE != 0 {
-		if err := d.fails(); err != nil {
-			return nil, err
-		}
+	if err := d.fails(); err != nil {
+		return nil, err
 	}
 	f, err := d.OSDisk.OpenFile(name, flag, perm)
 	if err != nil {
@@ -151,7 +149,7 @@ func shaken(t *testing.T, round int) {
 	close(stop)
 	<-shaking
 	if round%2 == 0 { // the gate that goes on mends all of it
-		for end := time.Now().Add(time.Minute); ; time.Sleep(3 * time.Millisecond) {
+		for end := time.Now().Add(5 * time.Minute); ; time.Sleep(3 * time.Millisecond) {
 			_ = l.Ready()
 			left, err := filepath.Glob(filepath.Join(cfg.Spool, "r*"))
 			must(t, err)
@@ -159,7 +157,7 @@ func shaken(t *testing.T, round int) {
 				break
 			}
 			if time.Now().After(end) {
-				t.Fatalf("round %d: not mended: %v", round, left)
+				t.Fatalf("round %d: not mended: %v: store %v, %+v", round, left, l.StoreErr(), l.Stats())
 			}
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"math/bits"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -74,7 +76,10 @@ type uploader struct {
 	late     []lateUpload      // that were added meanwhile
 	lateFrom map[string]uint32 // the first number of each log of those
 	closing  bool
-	err      error // of the last look at the spool, nil if it went well
+	err      error               // of the last look at the spool, nil if it went well
+	unread   int                 // looks in a row that found a file that can't be read
+	objects  bool                // no segments: the transparency log is closed, and takes no leaf; set before start
+	held     map[string]struct{} // logs with such a file: what is the last of one goes after it
 	stored   uint64
 	failed   uint64
 	row      int          // failures in a row, of all logs
@@ -114,6 +119,9 @@ func (u *uploader) add(id string, s upload) {
 	if u.overflow || u.waiting >= maxWaiting {
 		u.overflow = true
 		return
+	}
+	if _, ok := u.held[id]; ok {
+		return // found by the next look
 	}
 	u.addLocked(id, s)
 	u.notify()
@@ -359,14 +367,31 @@ func (u *uploader) rescan() {
 	u.mu.Unlock()
 
 	files, err := u.l.readSpool(false)
-	all := err == nil
+	all, held := err == nil, make(map[string]struct{})
 	for i := 0; all && i < len(files); i++ {
-		all = u.found(files[i:])
+		if _, ok := held[files[i].id]; ok && lastSealed(files[i:]) {
+			continue // by it a restart finds the log
+		}
+		var err error
+		if all, err = u.found(files[i:]); err != nil {
+			held[files[i].id] = struct{}{}
+			if !errors.Is(err, errBehind) && bits.OnesCount(uint(u.unread)) <= 1 { // said ever more seldom
+				u.l.log.Error("audit log: spool: a file can't be read, which is tried again", "error", err)
+			}
+		}
 	}
 
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	defer func() { u.scanning, u.again, u.late, u.lateFrom = false, false, nil, nil }()
+	if !all {
+		maps.Copy(held, u.held) // of files that were not looked at
+	}
+	if u.held = held; len(held) > 0 {
+		u.unread++
+	} else {
+		u.unread = 0
+	}
 	if u.err = err; err != nil {
 		u.l.log.Error("audit log: spool", "error", err)
 		return // tried again in a while, or with what comes next
@@ -374,7 +399,9 @@ func (u *uploader) rescan() {
 	if all && !u.again && u.waiting+len(u.late) <= maxWaiting {
 		u.overflow = false
 		for _, s := range u.late {
-			u.addLocked(s.id, s.upload)
+			if _, ok := held[s.id]; !ok {
+				u.addLocked(s.id, s.upload)
+			}
 		}
 	} // else another look finds them
 	for range uploadWorkers {
@@ -390,33 +417,52 @@ func (u *uploader) lookAgain() {
 	u.notify()
 }
 
-// found queues the first of files if it is a sealed segment or an object that is in no queue. It says whether there was room.
-func (u *uploader) found(files []spoolFile) (room bool) {
+// errBehind is that what follows a segment is on its way already: it could not be read then.
+var errBehind = errors.New("what follows it is on its way")
+
+// lookUnread has the spool looked at if the last look found a file that could not be read.
+func (u *uploader) lookUnread() {
+	u.mu.Lock()
+	unread := u.unread > 0
+	u.mu.Unlock()
+	if unread {
+		u.lookAgain()
+	}
+}
+
+// found queues the first of files if it is a sealed segment or an object that is in no queue. It says whether there was room; an
+// error is of that file alone.
+func (u *uploader) found(files []spoolFile) (room bool, err error) {
 	f := files[0]
-	if f.suffix == openSuffix || f.suffix == sealedSuffix && u.l.isUnsealed(f.id) && lastSealed(files) {
-		return true
+	if f.suffix == openSuffix || u.objects && f.suffix != objectSuffix || f.suffix == sealedSuffix && u.l.isUnsealed(f.id) && lastSealed(files) {
+		return true, nil
 	}
 	u.mu.Lock()
-	known := u.known(f)
+	q, known := u.queues[f.id], u.known(f)
 	room = u.waiting < maxWaiting
+	behind := q != nil && f.number < q.segments[0].number
 	u.mu.Unlock()
-	if known || !room {
-		return room
+	switch {
+	case !room:
+		return false, nil
+	case behind:
+		return true, errBehind
+	case known:
+		return true, nil
 	}
 	s, err := f.upload(u.l.disk, u.l.cfg.Spool)
 	if errors.Is(err, os.ErrNotExist) {
-		return true // stored meanwhile
+		return true, nil // stored meanwhile
 	}
 	if err != nil {
-		u.l.log.Error("audit log: spool", "error", err)
-		return true
+		return true, err
 	}
 	s.last = len(files) == 1 || files[1].id != f.id // as far as can be seen
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.addLocked(f.id, s)
 	u.notify()
-	return true
+	return true, nil
 }
 
 // known says whether a file is queued, or will be from those that came late: it goes after those before it. The lock is held.
