@@ -2,6 +2,7 @@ package auditlog_test
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/auditlog"
+	"github.com/sallyport/sallyport/auditlog/tlog"
 )
 
 // unreadableDisk has a file whose reads fail.
@@ -67,13 +69,14 @@ func (d mendedDisk) OpenFile(name string, flag int, perm fs.FileMode) (auditlog.
 // slowShelf is a store on which the objects of a name wait.
 type slowShelf struct {
 	shelf
-	name string
-	hold chan struct{}
+	hold map[string]chan struct{} // by the end of the name
 }
 
 func (s *slowShelf) Put(ctx context.Context, name string, r io.Reader, size int64) error {
-	if strings.HasSuffix(name, "sample-2-none/"+s.name) {
-		<-s.hold
+	for end, c := range s.hold {
+		if strings.HasSuffix(name, end) {
+			<-c
+		}
 	}
 	return s.shelf.Put(ctx, name, r, size)
 }
@@ -83,7 +86,7 @@ func (s *slowShelf) Put(ctx context.Context, name string, r io.Reader, size int6
 func TestUnreadForAWhile(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		hold := make(chan struct{})
-		store := &slowShelf{shelf{objects: make(map[string][]byte)}, "00000001.seg", hold}
+		store := &slowShelf{shelf{objects: make(map[string][]byte)}, map[string]chan struct{}{"sample-2-none/00000001.seg": hold}}
 		cfg := endConfig(t.TempDir())
 		cfg.Tree = filepath.Join(t.TempDir(), "tree")
 		if restart {
@@ -152,6 +155,82 @@ func TestUnreadForAWhile(t *testing.T) {
 		if !hasLeaf(store.source(), "sample-2-none") {
 			t.Error("no leaf")
 		}
+	}
+}
+
+// What was stored while a look was under way does not count as left behind: the log goes on.
+func TestStoredWhileLooking(t *testing.T) {
+	m, names := one(t, "none")
+	d := &openHeldDisk{name: "sample-2-none.00000000.seg", came: make(chan struct{}, 1), release: make(chan struct{})}
+	first, second := make(chan struct{}), make(chan struct{})
+	store := &slowShelf{shelf{objects: make(map[string][]byte)}, map[string]chan struct{}{"zlong/00000000.seg": first, "zlong/00000001.seg": second}}
+	cfg := endConfig(t.TempDir())
+	cfg.SegmentBytes = 4 << 10
+	cfg.SetMendEvery(time.Hour)
+	l, err := auditlog.OpenOn(t.Context(), d, cfg, testKey, store, "gate-1", slog.New(slog.DiscardHandler))
+	must(t, err)
+	r := l.New("zlong")
+	login(t, r)
+	must(t, r.Begin())
+	for range 4 { // a segment each
+		noise := make([]byte, 8<<10)
+		_, _ = rand.Read(noise)
+		must(t, r.Record(1, &auditlog.Data{Stream: auditlog.Output, Data: noise}))
+		must(t, r.Sync(t.Context()))
+	}
+	waitFor(t, func() bool { return l.Stats().Waiting >= 2 })
+	spool := map[string][]byte{}
+	for i, name := range names {
+		spool[fmt.Sprintf("sample-2-none.%08d.seg", i)] = m[name]
+	}
+	writeSpool(t, cfg.Spool, spool)
+	l.LookAgain()
+	<-d.came
+	close(first)
+	waitFor(t, func() bool {
+		_, err := os.Stat(filepath.Join(cfg.Spool, "zlong.00000000.seg"))
+		return err != nil
+	})
+	waitFor(t, func() bool { return l.Stats().Stored == 1 })
+	close(d.release)
+	waitFor(t, func() bool { // the look is at its end: zlong is what it finds last
+		left, err := filepath.Glob(filepath.Join(cfg.Spool, "sample*"))
+		must(t, err)
+		return len(left) == 0
+	})
+	time.Sleep(50 * time.Millisecond) // or the test would not see what it is for
+	close(second)
+	must(t, r.Close(&auditlog.End{Cause: "client-left"}))
+	waitFor(t, func() bool {
+		left, err := filepath.Glob(filepath.Join(cfg.Spool, "*.seg"))
+		must(t, err)
+		return len(left) == 0
+	})
+	closeLog(t, l)
+}
+
+// An object that is none holds up no other of its queue.
+func TestSpoiltObject(t *testing.T) {
+	store := &shelf{objects: make(map[string][]byte)}
+	cfg := endConfig(t.TempDir())
+	cfg.Tree = filepath.Join(t.TempDir(), "tree")
+	l := openGate(t, cfg, store)
+	endSessions(t, l, "s", 1)
+	closeLog(t, l)
+	var queue string
+	for name := range store.objects {
+		if parts := strings.Split(name, "/"); parts[0] == "tlog" {
+			queue = tlog.QueuePrefix + parts[2]
+		}
+	}
+	must(t, os.WriteFile(filepath.Join(cfg.Spool, queue+".00000000.obj"), []byte("no name"), 0o600))
+	before := len(store.objects)
+	l = openGate(t, cfg, store)
+	l.LookAgain()
+	endSessions(t, l, "t", 1)
+	closeLog(t, l)
+	if len(store.objects) < before+3 || !hasLeaf(store.source(), "t-0") {
+		t.Errorf("%d objects, then %d", before, len(store.objects))
 	}
 }
 

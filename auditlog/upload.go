@@ -1,6 +1,7 @@
 package auditlog
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -76,10 +77,10 @@ type uploader struct {
 	late     []lateUpload      // that were added meanwhile
 	lateFrom map[string]uint32 // the first number of each log of those
 	closing  bool
-	err      error               // of the last look at the spool, nil if it went well
-	unread   int                 // looks in a row that found a file that can't be read
+	err      error               // of the last look at the spool, nil if it went well; else of the first file that it could not read
+	unread   map[string]int      // by file that the last look could not read: in how many looks in a row
 	objects  bool                // no segments: the transparency log is closed, and takes no leaf; set before start
-	held     map[string]struct{} // logs with such a file: what is the last of one goes after it
+	held     map[string]struct{} // logs with such a segment: what is the last of one goes after it
 	stored   uint64
 	failed   uint64
 	row      int          // failures in a row, of all logs
@@ -120,7 +121,7 @@ func (u *uploader) add(id string, s upload) {
 		u.overflow = true
 		return
 	}
-	if _, ok := u.held[id]; ok {
+	if _, ok := u.held[id]; ok && s.skip == 0 {
 		return // found by the next look
 	}
 	u.addLocked(id, s)
@@ -367,32 +368,42 @@ func (u *uploader) rescan() {
 	u.mu.Unlock()
 
 	files, err := u.l.readSpool(false)
-	all, held := err == nil, make(map[string]struct{})
+	all, held, unread := err == nil, make(map[string]struct{}), make(map[string]int)
+	var first error
 	for i := 0; all && i < len(files); i++ {
-		if _, ok := held[files[i].id]; ok && lastSealed(files[i:]) {
+		f := files[i]
+		if _, ok := held[f.id]; ok && f.suffix == sealedSuffix && lastSealed(files[i:]) {
 			continue // by it a restart finds the log
 		}
 		var err error
-		if all, err = u.found(files[i:]); err != nil {
-			held[files[i].id] = struct{}{}
-			if !errors.Is(err, errBehind) && bits.OnesCount(uint(u.unread)) <= 1 { // said ever more seldom
-				u.l.log.Error("audit log: spool: a file can't be read, which is tried again", "error", err)
-			}
+		if all, err = u.found(files[i:]); err == nil {
+			continue
+		}
+		name := f.path(u.l.cfg.Spool)
+		unread[name] = u.unread[name] + 1
+		if f.suffix == sealedSuffix {
+			held[f.id] = struct{}{}
+		}
+		if errors.Is(err, errBehind) {
+			continue
+		}
+		first = cmp.Or(first, fmt.Errorf("spool: %w", err))
+		if bits.OnesCount(uint(unread[name])) == 1 { // said ever more seldom
+			u.l.log.Error("audit log: spool: a file can't be read, which is tried again", "error", err)
 		}
 	}
 
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	defer func() { u.scanning, u.again, u.late, u.lateFrom = false, false, nil, nil }()
-	if !all {
-		maps.Copy(held, u.held) // of files that were not looked at
+	if !all { // with those that were not looked at
+		maps.Copy(held, u.held)
+		for name, n := range u.unread {
+			unread[name] = max(n, unread[name])
+		}
 	}
-	if u.held = held; len(held) > 0 {
-		u.unread++
-	} else {
-		u.unread = 0
-	}
-	if u.err = err; err != nil {
+	u.held, u.unread = held, unread
+	if u.err = cmp.Or(err, first); err != nil {
 		u.l.log.Error("audit log: spool", "error", err)
 		return // tried again in a while, or with what comes next
 	}
@@ -423,7 +434,7 @@ var errBehind = errors.New("what follows it is on its way")
 // lookUnread has the spool looked at if the last look found a file that could not be read.
 func (u *uploader) lookUnread() {
 	u.mu.Lock()
-	unread := u.unread > 0
+	unread := len(u.unread) > 0
 	u.mu.Unlock()
 	if unread {
 		u.lookAgain()
@@ -446,6 +457,9 @@ func (u *uploader) found(files []spoolFile) (room bool, err error) {
 	case !room:
 		return false, nil
 	case behind:
+		if _, err := os.Lstat(f.path(u.l.cfg.Spool)); errors.Is(err, os.ErrNotExist) {
+			return true, nil // stored since it was listed
+		}
 		return true, errBehind
 	case known:
 		return true, nil
@@ -453,6 +467,11 @@ func (u *uploader) found(files []spoolFile) (room bool, err error) {
 	s, err := f.upload(u.l.disk, u.l.cfg.Spool)
 	if errors.Is(err, os.ErrNotExist) {
 		return true, nil // stored meanwhile
+	}
+	var damage *DamageError
+	if errors.As(err, &damage) && damage.Cause == nil {
+		u.l.log.Error("audit log: spool holds a file that is no segment", "error", err)
+		return true, nil // nor will it be: the rest is still worth having
 	}
 	if err != nil {
 		return true, err
@@ -492,6 +511,7 @@ func lastSealed(files []spoolFile) bool {
 func (u *uploader) close(ctx context.Context) {
 	u.mu.Lock()
 	u.closing, u.probe = true, time.Time{}
+	u.overflow = u.overflow || len(u.unread) > 0 // one more look
 	for _, q := range u.queues {
 		q.after = time.Time{} // one more try at once
 	}

@@ -271,10 +271,15 @@ func (c *Converter) request(rec auditlog.Record, b *auditlog.Request) []*Event {
 	e.Unmapped = map[string]any{"channel": rec.Channel}
 	events := c.ssh(e)
 	if target, ok := listens(b); ok && b.OK {
-		events = append(events, c.tunnel(rec, b.Type, target, "", 1, true, "%s", strings.TrimSpace(b.Type+" "+target)))
+		e := c.tunnel(rec, b.Type, target, "", 1, true, "%s", strings.TrimSpace(b.Type+" "+target))
+		e.Metadata.UID += second
+		events = append(events, e)
 	}
 	return events
 }
+
+// second ends the UID of a record's second event: a collector may take two of the same UID for one.
+const second = "/1"
 
 // listens says whether a request makes a listener, whose end is a Forward, and where, as far as that is known by then.
 func listens(b *auditlog.Request) (target string, ok bool) {
@@ -295,6 +300,7 @@ func (c *Converter) end(rec auditlog.Record, b *auditlog.End) []*Event {
 	if c.proven {
 		off := c.event(rec, Authentication, 2, "", statusSuccess, severityInformational, "%s logged off: %s", c.user.Name, b.Cause)
 		off.User = c.user
+		off.Metadata.UID += second
 		events = append(events, c.logon(off, "")...)
 	}
 	return events

@@ -179,7 +179,7 @@ func TestEvents(t *testing.T) {
 	s := loadSchema(t)
 	for name, from := range map[string]int{"a whole log": 0, "one that lacks its start": 19} {
 		c := NewConverter("s1")
-		seen := make(map[int]int)
+		seen, uids := make(map[int]int), make(map[string]bool)
 		for i, b := range session[from:] {
 			rec := auditlog.Record{Sequence: uint64(i), Time: at.Add(time.Duration(i) * time.Second), Channel: 1, Body: b}
 			for _, e := range c.Add(rec) {
@@ -188,6 +188,10 @@ func TestEvents(t *testing.T) {
 					t.Fatal(err)
 				}
 				seen[e.ClassUID]++
+				if uids[e.Metadata.UID] {
+					t.Errorf("%s: two events of UID %s", name, e.Metadata.UID)
+				}
+				uids[e.Metadata.UID] = true
 				if err := s.validate(j); err != nil {
 					t.Errorf("%s: %T: %v\n%s", name, b, err, j)
 				}

@@ -558,8 +558,10 @@ func typed(t *testing.T, s backends.Sandbox) {
 				if a.state != step.want {
 					t.Errorf("%s: %+v, want %+v", step.prompt, a.state, step.want)
 				}
+			case r := <-ended:
+				t.Fatalf("%s: ended before all was acknowledged: %+v\n%s", step.prompt, r, out.String())
 			case <-time.After(limit):
-				t.Fatal("no acknowledgement")
+				t.Fatalf("%s: %d bytes acknowledged\n%s", step.prompt, n, out.String())
 			}
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sort"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -24,15 +25,18 @@ func (b *Backend) Running(ctx context.Context) ([]backends.Session, error) {
 		all = append(all, runningIn(&pods[i]))
 	}
 	guests, err := b.runningGuests(ctx)
-	if err != nil {
-		return nil, err
+	if err != nil { // of some targets' namespaces: what is known is still worth having
+		b.log.Warn("kubernetes: sessions in targets may be missing from the list", "error", err)
+	}
+	pod := func(session string) bool {
+		return slices.ContainsFunc(all[:len(pods)], func(s backends.Session) bool { return s.Session == session })
 	}
 	for _, g := range guests {
-		if !slices.ContainsFunc(all, func(s backends.Session) bool { return s.Session == g.Session }) {
+		if !pod(g.Session) { // two that say they are one are both listed: one is forged, and none shall hide the other
 			all = append(all, g)
 		}
 	}
-	sort.Slice(all, func(i, j int) bool { return all[i].Session < all[j].Session })
+	sort.SliceStable(all, func(i, j int) bool { return all[i].Session < all[j].Session })
 	return all, nil
 }
 
@@ -55,15 +59,16 @@ func (b *Backend) EndRunning(ctx context.Context, session string) (*backends.Ses
 		}
 	}
 	guests, err := b.runningGuests(ctx)
-	if err != nil {
-		return nil, err
-	}
+	var gates []string
 	for _, g := range guests {
 		if g.Session == session {
-			return nil, fmt.Errorf("kubernetes: session %s has joined a target, and has no pod of its own: only its gate can end it, %q", session, g.Server)
+			gates = append(gates, fmt.Sprintf("%q (by %s)", g.Server, g.ID))
 		}
 	}
-	return nil, nil
+	if len(gates) > 0 {
+		return nil, fmt.Errorf("kubernetes: session %s has joined a target, and has no pod of its own: only its gate can end it, %s", session, strings.Join(gates, " or "))
+	}
+	return nil, err
 }
 
 // runningPods are the sandboxes of all gates that have not finished.

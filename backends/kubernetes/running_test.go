@@ -46,11 +46,13 @@ func TestRunningGuests(t *testing.T) {
 	odd.Env[len(odd.Env)-1].Value = `{"session":"../\u001b[2J"}`
 	foreign.Name = "debugger-s8"
 	mute.Env = nil
+	forged := guest("s1", "mallory")
+	forged.Name += "-x"
 	own := corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "own", Namespace: "sandboxes", CreationTimestamp: metav1.NewTime(began),
 		Annotations: map[string]string{labelSession: "s5", labelServer: "gate-1-abc", labelUser: "bob"}}}
 	pages := [][]corev1.Pod{ // of the targets' namespace
 		{pod("payments", "db-0", false, guest("s1", "alice"), odd, foreign, mute), pod("payments", "db-1", true, guest("s2", "alice"))},
-		{pod("payments", "db-2", false, guest("s3", "carol"), guest("s5", "mallory"))},
+		{pod("payments", "db-2", false, guest("s3", "carol"), guest("s5", "mallory")), pod("payments", "db-3", false, forged)},
 	}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		list := corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}}
@@ -78,12 +80,12 @@ func TestRunningGuests(t *testing.T) {
 		"users": [{"name": "a", "user": {}}], "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}]}`, server.URL), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c := Config{Kubeconfig: config, Namespace: "sandboxes", Targets: Targets{Namespaces: []string{"payments"}, Labels: map[string]string{"debug": "yes"}}}
+	c := Config{Kubeconfig: config, Namespace: "sandboxes", Targets: Targets{Namespaces: []string{"forbidden", "payments"}, Labels: map[string]string{"debug": "yes"}}}
 	k, err := newCluster(c, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &Backend{config: c, cluster: k}
+	b := &Backend{config: c, cluster: k, log: slog.New(slog.DiscardHandler)}
 	all, err := b.Running(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -95,14 +97,14 @@ func TestRunningGuests(t *testing.T) {
 		}
 		got = append(got, strings.Join([]string{s.Session, s.Server, s.User, s.Profile, s.Grant, s.ID}, " "))
 	}
-	want := []string{"s1 gate-2-abc alice debug OPS-$1 payments/db-0/sallyport-x-s1", "s3 gate-2-abc carol debug OPS-$1 payments/db-2/sallyport-x-s3", "s5 gate-1-abc bob   sandboxes/own"}
+	want := []string{"s1 gate-2-abc alice debug OPS-$1 payments/db-0/sallyport-x-s1", "s1 gate-2-abc mallory debug OPS-$1 payments/db-3/sallyport-x-s1-x", "s3 gate-2-abc carol debug OPS-$1 payments/db-2/sallyport-x-s3", "s5 gate-1-abc bob   sandboxes/own"}
 	if strings.Join(got, "\n") != strings.Join(want, "\n") {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
-	if s, err := b.EndRunning(t.Context(), "s3"); s != nil || err == nil || !strings.Contains(err.Error(), `only its gate can end it, "gate-2-abc"`) {
+	if s, err := b.EndRunning(t.Context(), "s3"); s != nil || err == nil || !strings.Contains(err.Error(), `only its gate can end it, "gate-2-abc" (by payments/db-2/sallyport-x-s3)`) {
 		t.Errorf("end: %v %v", s, err)
 	}
-	if s, err := b.EndRunning(t.Context(), "s2"); s != nil || err != nil {
+	if s, err := b.EndRunning(t.Context(), "s2"); s != nil || err == nil || !strings.Contains(err.Error(), "in namespace forbidden") {
 		t.Errorf("end of one that has ended: %v %v", s, err)
 	}
 }

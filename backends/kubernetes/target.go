@@ -490,19 +490,22 @@ func guestsIn(pod *corev1.Pod) (guests []backends.Session) {
 	return guests
 }
 
-// runningGuests are the sessions of all gates that have joined a target, and go on.
+// runningGuests are the sessions of all gates that have joined a target, and go on. With an error there are those of the namespaces that
+// could be read.
 func (b *Backend) runningGuests(ctx context.Context) ([]backends.Session, error) {
 	selector, err := labels.ValidatedSelectorFromSet(b.config.Targets.Labels)
 	if err != nil {
 		return nil, fmt.Errorf("kubernetes: targets.labels: %w", err)
 	}
 	var guests []backends.Session
+	var failed error
 	for _, ns := range b.config.Targets.Namespaces {
 		seen := 0
 		for more := ""; ; {
 			var pods corev1.PodList
 			if err := b.cluster.list(ctx, ns, "pods", listOptions{labels: selector.String(), limit: pageSize, next: more}, &pods); err != nil {
-				return nil, fmt.Errorf("kubernetes: list targets in namespace %s: %w", ns, err)
+				failed = errors.Join(failed, fmt.Errorf("kubernetes: list targets in namespace %s: %w", ns, err))
+				break
 			}
 			for i := range pods.Items {
 				guests = append(guests, guestsIn(&pods.Items[i])...)
@@ -511,12 +514,13 @@ func (b *Backend) runningGuests(ctx context.Context) ([]backends.Session, error)
 				break
 			}
 			if seen >= maxListed {
-				return nil, fmt.Errorf("kubernetes: namespace %s has more than %d pods that may be targets: too many to look at", ns, maxListed)
+				failed = errors.Join(failed, fmt.Errorf("kubernetes: namespace %s has more than %d pods that may be targets: the others are not looked at", ns, maxListed))
+				break
 			}
 			more = pods.Continue
 		}
 	}
-	return guests, nil
+	return guests, failed
 }
 
 // addTries bounds the attempts to add a container to a pod that others change at the same time.

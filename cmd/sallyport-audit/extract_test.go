@@ -28,14 +28,18 @@ func TestExtractReadAgain(t *testing.T) {
 		}
 		session(t, l, "s", map[uint32][]auditlog.Body{1: {
 			content(1, 0, n, text), content(1, 6, 15, text), read(1, "/same"),
+			content(3, 0, n, text), &auditlog.Transfer{Protocol: "sftp", Op: "file", ID: 3, Path: []byte("/limit"), Read: &auditlog.TransferFlow{Bytes: 2 * n,
+				Kept: n, Ranges: []uint64{0, n}, Whole: true, SHA256: sum[:]}},
 			content(2, 0, n, text), content(2, 6, 15, []byte("order 4712 granted\n")), read(2, "/changed"),
 		}})
 	})
-	out, errs, code := audit(t, "extract", "s", "/same", "--store", dir)
-	if code != 0 || out != "order 4711 refused\n" {
-		t.Errorf("%d %q %s", code, out, errs)
+	for _, path := range []string{"/same", "/limit"} {
+		out, errs, code := audit(t, "extract", "s", path, "--store", dir)
+		if code != 0 || out != "order 4711 refused\n" {
+			t.Errorf("%s: %d %q %s", path, code, out, errs)
+		}
 	}
-	out, errs, code = audit(t, "extract", "s", "/changed", "--store", dir)
+	out, errs, code := audit(t, "extract", "s", "/changed", "--store", dir)
 	if code != 1 || out != "" || !strings.Contains(errs, "is not what passed (19 bytes, ") {
 		t.Errorf("changed between the two: %d %q %s", code, out, errs)
 	}

@@ -265,7 +265,7 @@ func (t *tool) reportSession(ctx context.Context, l *logs, log auditlog.Stored, 
 	var clockFile func(time.Time) string
 	r := l.reader(log)
 	defer func() {
-		if m == nil { // else its row has told
+		if m == nil || r.Report().State != m.State { // else its row has told
 			l.count(r, nil)
 		}
 	}()

@@ -77,6 +77,8 @@ func policyMetric(policy *authz.Engine) prometheus.Collector {
 func storeNote(log *auditlog.Log) string {
 	s, err := log.Stats(), log.StoreErr()
 	switch {
+	case err != nil && s.Waiting == 0:
+		return fmt.Sprintf("audit: what is in the spool does not go to the store: %v\n", err)
 	case err != nil:
 		return fmt.Sprintf("audit: the store refuses: %d segments wait, the first for %v: %v\n", s.Waiting,
 			s.Oldest.Round(time.Second), err)
