@@ -41,6 +41,7 @@ type process struct {
 
 	reports sync.Mutex // one report at a time on control
 	frames  sync.Mutex // one frame at a time on data
+	typing  sync.Mutex // held over a write to tty and its report: none follows the exit; before reports
 	kill    sync.Once
 }
 
@@ -222,7 +223,7 @@ func (p *process) run() {
 	status := <-p.child.status
 	if p.tty != nil {
 		// The kernel hung the terminal up when its session's first process ended; what that wrote is still to be read.
-		p.tty.SetReadDeadline(time.Now().Add(drainLimit))
+		p.tty.SetDeadline(time.Now().Add(drainLimit))
 	}
 	output.Wait()
 	e := exit{Code: status.ExitStatus()}
@@ -232,6 +233,8 @@ func (p *process) run() {
 	if r := p.server.audit.Load(); r != nil {
 		r.settle() // the session may end with this exit
 	}
+	p.typing.Lock() // a write that is under way has reached the process, which may have ended by it
+	defer p.typing.Unlock()
 	p.report(report{Exit: &e})
 }
 
@@ -317,18 +320,26 @@ func (p *process) takeStdin() {
 // typeIn writes input to the terminal and reports the state that each part of it met.
 func (p *process) typeIn(b []byte) error {
 	for len(b) > 0 {
-		part := b[:min(len(b), typedChunk)]
-		echo, canonical := terminalState(p.tty)
-		n, err := p.tty.Write(part)
-		if n > 0 && p.request.Typed {
-			p.report(report{Typed: &typed{Bytes: uint32(n), Echo: echo, Canonical: canonical}})
-		}
+		n, err := p.typePart(b[:min(len(b), typedChunk)])
 		if err != nil {
 			return err
 		}
 		b = b[n:]
 	}
 	return nil
+}
+
+// typePart is typeIn for a part that is not divided. A process may end by what it reads, and the gate hears of nothing after its
+// exit: so the report comes before that.
+func (p *process) typePart(part []byte) (int, error) {
+	p.typing.Lock()
+	defer p.typing.Unlock()
+	echo, canonical := terminalState(p.tty)
+	n, err := p.tty.Write(part)
+	if n > 0 && p.request.Typed {
+		p.report(report{Typed: &typed{Bytes: uint32(n), Echo: echo, Canonical: canonical}})
+	}
+	return n, err
 }
 
 // takeOrders does what the gate asks until the stream ends. If that is before the process is over, the gate has lost

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -70,6 +71,7 @@ func Run(t *testing.T, s Subject) {
 		{"TerminalLastOutput", terminalLastOutput},
 		{"TerminalCancel", terminalCancel},
 		{"Typed", typed},
+		{"TypedLast", typedLast},
 		{"SFTP", sftpBoth},
 	}
 	t.Run("OneSandbox", func(t *testing.T) {
@@ -572,6 +574,33 @@ func typed(t *testing.T, s backends.Sandbox) {
 	}
 	if n := strings.Count(out.String(), "hunter2"); n != 1 {
 		t.Errorf("the secret was echoed: %q", out.String())
+	}
+}
+
+// typedLast checks that what a process ends by is acknowledged before its end is told: a password may be the last that is typed.
+func typedLast(t *testing.T, s backends.Sandbox) {
+	for i := range 30 {
+		stdin, feed := io.Pipe()
+		out := newWatcher()
+		var acknowledged atomic.Int64
+		ended := make(chan result, 1)
+		go func() {
+			ended <- execute(t, s, backends.Process{
+				Kind: backends.KindExec, Stdin: stdin, Stdout: out, Terminal: &backends.Terminal{}, Command: "stty -echo; echo ready; read a",
+				Typed: func(n int, state backends.TerminalState) {
+					if !state.Echo {
+						acknowledged.Add(int64(n))
+					}
+				},
+			})
+		}()
+		out.wait("ready")
+		fmt.Fprint(feed, "hunter2\r")
+		r := <-ended
+		feed.Close()
+		if n := acknowledged.Load(); r.err != nil || n != 8 {
+			t.Fatalf("%d: %d bytes acknowledged, %+v\n%s", i, n, r, out.String())
+		}
 	}
 }
 
