@@ -244,7 +244,7 @@ func (c *rawClient) prove(user string, key ssh.PublicKey, signer ssh.Signer, sig
 	of.User = signed
 	sig, err := signer.Sign(rand.Reader, append(ssh.Marshal(struct{ Session []byte }{c.session}), ssh.Marshal(of)...))
 	if err != nil {
-		panic(err)
+		panic(err) // of a test
 	}
 	return append(ssh.Marshal(request), ssh.Marshal(struct{ Signature []byte }{ssh.Marshal(sig)})...)
 }

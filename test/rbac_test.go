@@ -254,7 +254,7 @@ func expect(got, want error) error {
 
 func must[T any](v T, err error) T {
 	if err != nil {
-		panic(err)
+		panic(err) // of a test
 	}
 	return v
 }

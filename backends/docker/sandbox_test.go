@@ -624,14 +624,14 @@ func gateToBeKilled(arguments string) {
 	a := strings.Split(arguments, "|")
 	b, err := New(context.Background(), Config{StateDir: a[0], Agent: a[1], Transport: a[4]}, a[2], slog.New(slog.DiscardHandler))
 	if err != nil {
-		panic(err)
+		panic(err) // of a test
 	}
 	spec := newSpec(busyboxImage)
 	spec.Owner.Session = a[3]
 	spec.Template.Scratch = "volume"
 	s, err := b.Start(context.Background(), spec)
 	if err != nil {
-		panic(err)
+		panic(err) // of a test
 	}
 	go s.Exec(context.Background(), backends.Process{Kind: backends.KindExec, Command: "trap '' HUP; sleep 1000"})
 	fmt.Printf("started %s\n", s.ID())

@@ -32,7 +32,7 @@ const sidecar = `{"name":"tool","image":"tools/proxy:1","restartPolicy":"Always"
 // with changes a piece of the sidecar.
 func with(old, new string) string {
 	if !strings.Contains(sidecar, old) {
-		panic(old)
+		panic(old) // of a test
 	}
 	return `{"spec":{"initContainers":[` + strings.Replace(sidecar, old, new, 1) + `]}}`
 }
